@@ -1,0 +1,71 @@
+# make test                                the tests
+# make demo TASK=reacher_hard BUDGET=full  expert -> videos -> translator -> imitator
+# make lint                                ruff
+# PYTHON=/path/to/python3.12 names the interpreter that .venv is made with.
+
+TASK ?= reacher_hard
+BUDGET ?= full
+
+# What a budget buys, as overrides of each script: full is at most 20 minutes on two cores without
+# a GPU, smoke about 2. To be cut to size by what the scripts cost.
+EXPERT_full      = num_train_frames=100_000
+VIDEOS_full      = num_train=300 num_valid=30
+TRANSLATOR_full  = num_train_steps=1000
+IMITATOR_full    = num_train_frames=100_000
+EXPERT_smoke     = num_train_frames=6_000
+VIDEOS_smoke     = num_train=8 num_valid=4 num_contexts=2
+TRANSLATOR_smoke = num_train_steps=20
+IMITATOR_smoke   = num_train_frames=6_000
+
+ifeq ($(EXPERT_$(BUDGET)),)
+$(error BUDGET=$(BUDGET) is neither full nor smoke)
+endif
+
+PY = .venv/bin/python
+
+.PHONY: .venv test lint demo
+.DELETE_ON_ERROR:
+
+test: .venv
+	$(PY) -m pytest
+
+lint: .venv
+	.venv/bin/ruff check .
+
+# ---------------------------------------------------------------------------------------- set-up
+
+.venv: .venv/.installed
+
+# The stamp makes pip run again when the pins change, and only then.
+.venv/.installed: pyproject.toml
+	@test -x $(PY) && exit 0; \
+	for python in $(or $(PYTHON),python3.12 python3.11 python3 python); do \
+	    $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	        2>/dev/null && exec $$python -m venv .venv; \
+	done; \
+	echo "error: this needs Python 3.11 or 3.12, and $(or $(PYTHON),python3) is neither:" \
+	    "install one of them, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
+	exit 2
+	$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# ------------------------------------------------------------------------------------------ demo
+
+# Fixed run folders, so that the steps find each other and a second `make demo` goes on where the
+# first was stopped. Shipped weights spare their step.
+RUN = demo_$(TASK)_$(BUDGET)
+SHIPPED_EXPERT = $(wildcard experts/$(TASK).pt)
+SHIPPED_TRANSLATOR = $(wildcard ct/$(TASK).pt)
+EXPERT = $(or $(SHIPPED_EXPERT),exp_local/$(RUN)/snapshot.pt)
+TRANSLATOR = $(or $(SHIPPED_TRANSLATOR),ct_local/$(RUN)/snapshot.pt)
+
+demo: .venv
+	$(if $(SHIPPED_EXPERT),@echo 'expert: $(EXPERT) is shipped',\
+	    $(PY) train.py task=$(TASK) obs=states hydra.run.dir=exp_local/$(RUN) $(EXPERT_$(BUDGET)))
+	$(PY) generate_expert_video.py task=$(TASK) snapshot=$(EXPERT) out_dir=videos/$(RUN) \
+	    $(VIDEOS_$(BUDGET))
+	$(if $(SHIPPED_TRANSLATOR),@echo 'translator: $(TRANSLATOR) is shipped',\
+	    $(PY) train_ct.py task=$(TASK) videos=videos/$(RUN) hydra.run.dir=ct_local/$(RUN) \
+	    $(TRANSLATOR_$(BUDGET)))
+	$(PY) train_ac.py task=$(TASK) expert=$(EXPERT) translator=$(TRANSLATOR) \
+	    videos=videos/$(RUN) hydra.run.dir=ac_local/$(RUN) $(IMITATOR_$(BUDGET))

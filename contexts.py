@@ -1,0 +1,425 @@
+"""Visual contexts: what a task looks like, apart from what happens in it.
+
+A context is a float64 vector (DIM,) of uniforms in [0, 1), with one layout for every task; the
+`scenery` config says which factors are on and over what range each number is laid.
+
+Colours and textures are painted on the compiled model for the moment they are needed and taken off
+bit for bit (`Painter.painted`, `Painter.upload`). Light, the camera's offset and the distractor
+shapes go into the renderer's scene only (`Painter.dress`): what the model never holds can disturb
+no physics, and nothing has to be known of a task's XML.
+"""
+import colorsys
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import mujoco
+import numpy as np
+
+from utils import UserError
+
+Split = Literal['seen', 'held_out']
+
+MAX_DISTRACTORS, DISTRACTOR_SLOTS = 4, 10
+# Factor -> number of its slots, and its ranges in the config. A factor's first slot is its key:
+# from the keys the split of a context is read.
+FACTORS: dict[str, tuple[int, tuple[str, ...]]] = {
+    'body': (6, ('saturation', 'value')),
+    'target': (3, ('saturation', 'value')),
+    'floor': (5, ('saturation', 'value', 'contrast')),
+    'sky': (5, ('saturation', 'value')),
+    'light': (5, ('brightness', 'tint', 'tilt')),
+    'camera': (4, ('orbit', 'roll', 'zoom')),
+    'distractors': (3 + MAX_DISTRACTORS * DISTRACTOR_SLOTS,
+                    ('count', 'size', 'saturation', 'value')),
+}
+_ENDS = np.cumsum([size for size, _ in FACTORS.values()]).tolist()
+SLOTS = {name: slice(end - FACTORS[name][0], end)
+         for name, end in zip(FACTORS, _ENDS, strict=True)}
+DIM = _ENDS[-1]
+CELLS, MODULUS = 8, 4  # keys are quantised to 8 cells; 1 in 4 sums of cells is held out
+
+SUITE_HUES = {'body': 0.08, 'target': 0.0, 'floor': 0.58, 'sky': 0.58}  # of factors that are off
+BODY, ACCENT, TARGET, FLOOR = range(4)  # colour groups of a model's parts
+GROUP_FACTORS = ('body', 'body', 'target', 'floor')
+SKY_SIZE, FLOOR_SIZE = 16, 64  # pixels along a texture: few, since textures are uploaded often
+PATTERNS = (np.logical_xor, np.logical_and, lambda x, y: x, lambda x, y: y)  # checks to stripes
+GEOM = mujoco.mjtGeom
+GROUND = int(GEOM.mjGEOM_PLANE), int(GEOM.mjGEOM_HFIELD)
+SHAPES = GEOM.mjGEOM_BOX, GEOM.mjGEOM_SPHERE, GEOM.mjGEOM_CYLINDER, GEOM.mjGEOM_CAPSULE
+
+
+def enabled(scenery: Mapping[str, Any]) -> list[str]:
+    """The factors that are on, in the order of FACTORS.
+
+    Raises: UserError where `scenery` is not laid out as in cfgs/base.yaml, or all of it is off.
+    """
+    for name, factor in scenery.items():
+        if name not in FACTORS:
+            raise UserError(f'scenery.{name} is unknown: take one of {", ".join(FACTORS)}.')
+        for key in factor:
+            if key not in ('enabled', *FACTORS[name][1]):
+                raise UserError(f'scenery.{name}.{key} is unknown: take one of enabled, '
+                                f'{", ".join(FACTORS[name][1])}.')
+    names = [name for name in FACTORS if name in scenery and scenery[name].get('enabled')]
+    for name in names:
+        for key in FACTORS[name][1]:
+            span = scenery[name].get(key)
+            if span is None or len(span) != 2 or span[0] > span[1]:
+                raise UserError(f'scenery.{name}.{key}={span} is no range: set it to [low,high].')
+    if not names:
+        raise UserError('every factor of scenery is off: set scenery.body.enabled=true.')
+    if 'distractors' in names and scenery['distractors']['count'][1] > MAX_DISTRACTORS:
+        raise UserError(f'scenery.distractors.count ends above {MAX_DISTRACTORS}: lower it.')
+    return names
+
+
+def split_of(context: np.ndarray, scenery: Mapping[str, Any]) -> Split:
+    """The split a context belongs to: a function of its values and of the switches alone.
+
+    The key of every enabled factor is quantised to 8 cells; the context is held out where the sum
+    of the cells is a multiple of 4. So no context is in both splits, a quarter is held out, and
+    what is new in a held-out context is its combination of looks.
+    """
+    cells = sum(int(CELLS * context[SLOTS[name].start]) for name in enabled(scenery))
+    return 'seen' if cells % MODULUS else 'held_out'
+
+
+def sample(rng: np.random.Generator, split: Split, scenery: Mapping[str, Any]) -> np.ndarray:
+    """A context (DIM,), uniform among those of `split`; always the same number of draws."""
+    context = rng.random(DIM)
+    seen_remainder, half = rng.integers(1, MODULUS), rng.integers(CELLS // MODULUS)
+    *keys, last = [SLOTS[name].start for name in enabled(scenery)]
+    # The last key moves to a cell that gives the remainder, and keeps its place within the cell.
+    remainder = seen_remainder if split == 'seen' else 0
+    cell = (remainder - sum(int(CELLS * context[key]) for key in keys)) % MODULUS
+    context[last] = (cell + MODULUS * half + CELLS * context[last] % 1) / CELLS
+    return context
+
+
+def prepare(env, scenery: Mapping[str, Any], camera_id: int) -> 'Painter':
+    """The painter of a suite environment; the environment itself stays as it is."""
+    return Painter(env.physics.model.ptr, scenery, camera_id)
+
+
+class Distractors(NamedTuple):
+    """n shapes, in the world, for the camera at its first place; metres."""
+    shapes: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]  # type, size, frame, rgba
+    positions: np.ndarray  # (n, 3)
+    sideways: np.ndarray  # (n,): from the camera, to its right
+    periods: np.ndarray  # (n,)
+
+
+class Look(NamedTuple):
+    """What a context means for a model; empty or None where the factor is off."""
+    paint: list[np.ndarray]  # for each of Painter._parts: (rows, 3)
+    textures: dict[int, np.ndarray]  # texture id -> uint8 (height, width, 3)
+    light: tuple[np.ndarray, np.ndarray] | None  # factor of the colour (3,), rotation (3, 3)
+    camera: tuple[np.ndarray, float] | None  # rotation (3, 3), factor of the distance
+    distractors: Distractors | None
+
+
+class Painter:
+    """Shows one model in any context. What a context means is worked out once and cached.
+
+    A frame is made so, `gpu` being the MjrContext and context None the suite's own look:
+        painter.upload(context, gpu)  # only where gpu still holds another context's textures
+        with painter.painted(context):
+            mujoco.mjv_updateScene(...)
+        painter.dress(context, scene)
+        mujoco.mjr_render(...)
+
+    Raises: UserError for a scenery that is not laid out as in cfgs/base.yaml.
+    """
+
+    def __init__(self, model: mujoco.MjModel, scenery: Mapping[str, Any], camera_id: int):
+        self._model, self._names = model, enabled(scenery)
+        self._ranges = {(name, key): tuple(scenery[name][key])
+                        for name in self._names for key in FACTORS[name][1]}
+        self._sort_parts()
+        self._measure_view(camera_id)
+        self._cached_look = functools.lru_cache(maxsize=256)(self._make_look)
+
+    @contextlib.contextmanager
+    def painted(self, context: np.ndarray | None) -> Iterator[None]:
+        """The model has the context's colours within the block, and its own bits after it."""
+        if context is None:
+            yield
+            return
+        paint = self._look(context).paint
+        saved = [rgba.copy() for rgba, _, _ in self._parts]
+        try:
+            for (rgba, rows, _), colours in zip(self._parts, paint, strict=True):
+                rgba[rows, :3] = colours  # alpha stays: tasks hide parts by it
+            yield
+        finally:
+            for (rgba, _, _), before in zip(self._parts, saved, strict=True):
+                rgba[:] = before
+
+    def upload(self, context: np.ndarray | None, gpu: mujoco.MjrContext):
+        """Give `gpu` the context's textures; afterwards the model holds its own again."""
+        textures = {} if context is None else self._look(context).textures
+        for index in self._floor_textures + self._sky_textures:
+            with self._textured(index, textures.get(index)):
+                mujoco.mjr_uploadTexture(self._model, gpu, index)
+
+    @contextlib.contextmanager
+    def _textured(self, index: int, image: np.ndarray | None) -> Iterator[None]:
+        if image is None:
+            yield
+            return
+        heights, widths = self._model.tex_height, self._model.tex_width
+        start = self._model.tex_adr[index]
+        pixels = self._model.tex_data[start:start + image.size]
+        saved = pixels.copy(), heights[index], widths[index]
+        try:
+            pixels[:], heights[index], widths[index] = image.ravel(), *image.shape[:2]
+            yield
+        finally:
+            pixels[:], heights[index], widths[index] = saved
+
+    def dress(self, context: np.ndarray | None, scene: mujoco.MjvScene):
+        """Put the context's distractors, light and camera into a scene that has been updated."""
+        if context is None:
+            return
+        look, cameras = self._look(context), scene.camera
+        eye = (cameras[0].pos + cameras[1].pos) / 2  # the two are a stereo pair
+        forward, up = cameras[0].forward.copy(), cameras[0].up.copy()
+        if look.distractors is not None:
+            self._add_distractors(look.distractors, eye, scene)
+        if look.light is not None:
+            colour, rotation = look.light
+            pivot = eye + self._depth * forward
+            for light in scene.lights[:scene.nlight]:
+                light.ambient[:] *= colour
+                light.diffuse[:] *= colour
+                if not light.headlight:
+                    light.pos[:] = pivot + rotation @ (light.pos - pivot)
+                    light.dir[:] = rotation @ light.dir
+        if look.camera is not None:
+            rotation, zoom = look.camera
+            right = np.empty(3)
+            mujoco.mju_cross(right, forward, up)
+            _, new_up, new_back = rotation.T @ np.stack([right, up, -forward])
+            for camera in cameras:
+                camera.pos[:] += self._depth * (forward + zoom * new_back)
+                camera.up[:], camera.forward[:] = new_up, -new_back
+
+    def _add_distractors(self, distractors: Distractors, eye: np.ndarray, scene: mujoco.MjvScene):
+        # Shapes stand still while the camera travels sideways, and come by again every period;
+        # however far it travels ahead, they keep their distance behind the body.
+        travel, right = eye - self._eye, self._axes[:, 0]
+        aside = travel @ right
+        shift = (travel - aside * right) * [1, 1, 0]
+        periods = np.round((distractors.sideways - aside) / distractors.periods)
+        positions = distractors.positions + shift - np.outer(periods * distractors.periods, right)
+        for (shape, size, frame, rgba), position in zip(distractors.shapes, positions, strict=True):
+            geom = scene.geoms[scene.ngeom]
+            mujoco.mjv_initGeom(geom, shape, size, position, frame, rgba)
+            geom.category = mujoco.mjtCatBit.mjCAT_STATIC  # decor would cast no shadow
+            scene.ngeom += 1
+
+    # What there is to paint, and from where it is seen: once per model.
+
+    def _sort_parts(self):
+        """Sort geoms, sites and skins into colour groups, and find the floor's and sky's textures.
+
+        `_parts` holds for each kind: its array of colours, the rows to paint, their groups.
+        """
+        model = self._model
+        floors, self._parts = set(), []
+        for kind, rgba in (('geom', model.geom_rgba), ('site', model.site_rgba),
+                           ('skin', model.skin_rgba)):
+            rows, groups = [], []
+            for i in range(len(rgba)):
+                part = getattr(model, kind)(i)
+                material = int(part.matid[0])
+                name = model.mat(material).name if material >= 0 else ''
+                texture = model.mat_texid[material].max() if material >= 0 else -1
+                is_ground = kind == 'geom' and part.type[0] in GROUND
+                if is_ground and texture >= 0:
+                    floors.add(int(texture))  # rgba could only dim it
+                elif material < 0 or model.mat_rgba[material, 3] == 1:  # else: rgba would hide that
+                    if kind == 'site':  # but for targets, sites are marks
+                        group = TARGET if name.startswith('target') else None
+                    elif 'target' in name + part.name:
+                        group = TARGET
+                    elif material < 0:
+                        group = FLOOR if is_ground else BODY
+                    else:
+                        group = BODY if name.startswith('self') else ACCENT
+                    if group is not None and GROUP_FACTORS[group] in self._names:
+                        rows.append(i)
+                        groups.append(group)
+            self._parts.append((rgba, np.array(rows, int), np.array(groups, int)))
+        skies = np.flatnonzero(model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX).tolist()
+        self._floor_textures = sorted(floors) if 'floor' in self._names else []
+        self._sky_textures = skies if 'sky' in self._names else []
+
+    def _measure_view(self, camera_id: int):
+        """The camera's pose in the model's first position, its distance to what moves, the floor.
+
+        Of the model and not of the first frame: a picture depends on state and context alone.
+        """
+        model, data = self._model, mujoco.MjData(self._model)
+        mujoco.mj_kinematics(model, data)
+        mujoco.mj_comPos(model, data)
+        mujoco.mj_camlight(model, data)
+        self._eye = data.cam_xpos[camera_id].copy()
+        self._axes = data.cam_xmat[camera_id].reshape(3, 3).copy()  # columns: right, up, back
+        self._half_view = np.tan(np.deg2rad(model.cam_fovy[camera_id]) / 2)
+        distance = (self._eye - data.subtree_com[0]) @ self._axes[:, 2]
+        self._depth = max(distance, 0.1 * model.stat.extent)  # a body may carry its camera
+        self._floor = min((data.geom_xpos[i, 2] for i in range(model.ngeom)
+                           if model.geom_type[i] in GROUND and data.geom_xmat[i, 8] > 0.9),
+                          default=-np.inf)
+        # The suite's floors repeat their texture every metre, which small tasks would not see.
+        width = 2 * self._half_view * self._depth
+        self._tiles = 2 ** int(np.clip(np.round(np.log2(2.5 / width)), 0, 3))
+
+    # What a context means: once per context.
+
+    def _look(self, context: np.ndarray) -> Look:
+        context = np.asarray(context, np.float64)
+        if context.shape != (DIM,):
+            raise UserError(f'a context has {DIM} numbers, this one {context.size}: it is of '
+                            'another version, so film anew with generate_expert_video.py.')
+        return self._cached_look(context.tobytes())
+
+    def _make_look(self, values: bytes) -> Look:
+        context = np.frombuffer(values)
+        slots = {name: context[SLOTS[name]] for name in self._names}
+        hues = spread_hues(slots)
+        colours = np.zeros((4, 3))
+        for group, name, first in ((BODY, 'body', 1), (ACCENT, 'accent', 4),
+                                   (TARGET, 'target', 1), (FLOOR, 'floor', 1)):
+            factor = GROUP_FACTORS[group]
+            if factor in slots:
+                colours[group] = self._colour(factor, hues[name], *slots[factor][first:first + 2])
+        textures = {}
+        light = camera = distractors = None
+        if 'floor' in slots:
+            y, x = np.mgrid[:FLOOR_SIZE, :FLOOR_SIZE] * 2 * self._tiles // FLOOR_SIZE % 2
+            dark = PATTERNS[int(len(PATTERNS) * slots['floor'][4])](x, y)[..., None]
+            image = colours[FLOOR] * (1 - dark * self._lay('floor', 'contrast', slots['floor'][3]))
+            textures |= dict.fromkeys(self._floor_textures, (255 * image).astype(np.uint8))
+        if 'sky' in slots:
+            low = self._colour('sky', hues['sky'], *slots['sky'][1:3])
+            high = self._colour('sky', hues['sky'], *slots['sky'][3:5])
+            image = low + sky_height()[..., None] * (high - low)
+            textures |= dict.fromkeys(self._sky_textures, (255 * image).astype(np.uint8))
+        if 'light' in slots:
+            brightness, hue, tint, azimuth, tilt = slots['light']
+            colour = np.array(colorsys.hsv_to_rgb(hue, self._lay('light', 'tint', tint), 1))
+            axis = [np.cos(2 * np.pi * azimuth), np.sin(2 * np.pi * azimuth), 0]
+            light = (self._lay('light', 'brightness', brightness) * colour,
+                     rotation(axis, self._lay('light', 'tilt', tilt)))
+        if 'camera' in slots:
+            yaw, pitch = self._lay('camera', 'orbit', slots['camera'][:2])
+            roll = self._lay('camera', 'roll', slots['camera'][2])
+            camera = (rotation([0, 1, 0], yaw) @ rotation([1, 0, 0], pitch)
+                      @ rotation([0, 0, 1], roll), self._lay('camera', 'zoom', slots['camera'][3]))
+        if 'distractors' in slots:
+            distractors = self._place_distractors(slots['distractors'], hues)
+        return Look([colours[groups] for _, _, groups in self._parts], textures, light, camera,
+                    distractors)
+
+    def _place_distractors(self, slots: np.ndarray, hues: Mapping[str, float]) -> Distractors:
+        """One near each corner of the picture, for in its middle, and to its sides, things happen.
+
+        They float behind the body, or stand on the floor where the view meets that first.
+        """
+        low, high = self._ranges['distractors', 'count']
+        count, first = int(low + slots[1] * (high - low + 1)), int(4 * slots[2])
+        taken = [hues[name] for name in ('body', 'accent', 'target') if name in hues]
+        shapes, positions, depths = [], [], []
+        for i, own in enumerate(slots[3:].reshape(-1, DISTRACTOR_SLOTS)[:count]):
+            spot = np.array([(-1, -1), (1, 1), (-1, 1), (1, -1)][(first + i) % 4])
+            spot = spot * (0.6 + 0.35 * own[:2])
+            ray, ground = self._cast(spot)
+            if ground < 0.9 * self._depth:  # that would stand between camera and body
+                ray, ground = self._cast(spot * [1, -1])
+            depth = min(self._depth * (1.3 + 0.6 * own[2]), ground)
+            position = self._eye + depth * ray
+            shape = SHAPES[int(len(SHAPES) * own[3])]
+            radius = self._lay('distractors', 'size', own[4]) * self._half_view * depth
+            length = radius * (0.6 + 0.8 * own[5])
+            if depth == ground:
+                position[2] += {GEOM.mjGEOM_SPHERE: radius,
+                                GEOM.mjGEOM_CAPSULE: radius + length}.get(shape, length)
+            size = [radius, radius, length] if shape == GEOM.mjGEOM_BOX else [radius, length, 0]
+            hue = hue_apart((slots[0] + (i + 0.3 * own[6]) / count) % 1, taken, 0.1)
+            rgba = [*self._colour('distractors', hue, *own[7:9]), 1]
+            shapes.append((shape, np.array(size), rotation([0, 0, 1], 360 * own[9]).ravel(),
+                           np.array(rgba, np.float32)))
+            positions.append(position)
+            depths.append(depth)
+        positions = np.reshape(positions, (count, 3))
+        return Distractors(shapes, positions, (positions - self._eye) @ self._axes[:, 0],
+                           2.6 * self._half_view * np.array(depths))
+
+    def _cast(self, spot: np.ndarray) -> tuple[np.ndarray, float]:
+        """The ray through a spot of the picture (border: 1) per unit of depth, and its depth at
+        the floor."""
+        ray = self._axes @ [*(self._half_view * spot), -1]
+        return ray, (self._floor - self._eye[2]) / ray[2] if ray[2] < 0 else np.inf
+
+    def _lay(self, factor: str, key: str, uniform):
+        low, high = self._ranges[factor, key]
+        return low + uniform * (high - low)
+
+    def _colour(self, factor: str, hue: float, saturation: float, value: float) -> np.ndarray:
+        return np.array(colorsys.hsv_to_rgb(hue, self._lay(factor, 'saturation', saturation),
+                                            self._lay(factor, 'value', value)))
+
+
+def spread_hues(slots: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """A hue for every colour group, such that groups which touch can be told apart."""
+    hues = {name: hue for name, hue in SUITE_HUES.items() if name not in slots}
+    for name, gap, others in (('body', 0.15, ('target', 'floor', 'sky')),
+                              ('target', 0.2, ('body', 'floor')),
+                              ('floor', 0.17, ('body', 'target')),
+                              ('sky', 0.15, ('body', 'target'))):
+        if name in slots:
+            taken = [hues[other] for other in others if other in hues]
+            hues[name] = hue_apart(slots[name][0], taken, gap)
+    if 'body' in slots:
+        hues['accent'] = hue_apart(slots['body'][3], hues.values(), 0.1)
+    return hues
+
+
+def hue_apart(uniform: float, taken: Iterable[float], gap: float) -> float:
+    """A hue at least `gap` from all that are taken: `uniform` in [0, 1), laid over what is free.
+
+    Something is free for any n hues taken where gap < 1 / (2 * n).
+    """
+    taken = sorted(taken)
+    if not taken:
+        return uniform
+    arcs = [(hue + gap, after - hue - 2 * gap)
+            for hue, after in zip(taken, [*taken[1:], taken[0] + 1], strict=True)
+            if after - hue > 2 * gap]
+    left = uniform * sum(width for _, width in arcs)
+    for start, width in arcs:
+        if left < width:
+            break
+        left -= width
+    return (start + left) % 1
+
+
+def rotation(axis: list[float], degrees: float) -> np.ndarray:
+    quaternion, matrix = np.empty(4), np.empty(9)
+    mujoco.mju_axisAngle2Quat(quaternion, axis, np.deg2rad(degrees))
+    mujoco.mju_quat2Mat(matrix, quaternion)
+    return matrix.reshape(3, 3)
+
+
+@functools.cache
+def sky_height() -> np.ndarray:
+    """0 at and below the horizon, 1 overhead, for the pixels of a cube map: (6 * size, size)."""
+    side = (np.arange(SKY_SIZE) + 0.5) / SKY_SIZE * 2 - 1
+    x, y = np.meshgrid(side, side)
+    top = np.ones_like(x)
+    faces = [-y, -y, top, -top, -y, -y]  # right, left, up, down, front, back
+    return np.concatenate([face / np.sqrt(1 + x**2 + y**2) for face in faces]).clip(0)

@@ -1,0 +1,398 @@
+"""DeepMind Control tasks as dm_env environments: pixels, states, action repeat, imitation.
+
+An episode is named by its seed: `reset(episode_seed=s)` always gives the same physics state and
+the same target, so that a filmed episode can be entered again at its very start, in any context.
+"""
+import atexit
+import contextlib
+import os
+import subprocess
+import sys
+from collections import deque
+
+from utils import UserError
+
+GL_ADVICE = ('no working OpenGL was found for rendering without a screen: '
+             'apt-get install libegl1 libgl1-mesa-dri (or set MUJOCO_GL yourself).')
+
+
+def probe_gl() -> str:
+    """The first of EGL (a GPU's, else software) and OSMesa that can open a context, or 'off'."""
+    test = 'import mujoco; mujoco.GLContext(16, 16).make_current()'
+    for backend in ('egl', 'osmesa'):
+        # In a process of its own: a failed backend can't be unloaded again.
+        probe = subprocess.run([sys.executable, '-c', test], capture_output=True, check=False,
+                               env={**os.environ, 'MUJOCO_GL': backend})
+        if probe.returncode == 0:
+            return backend
+    return 'off'
+
+
+if 'MUJOCO_GL' not in os.environ:  # a user's choice stands
+    os.environ['MUJOCO_GL'] = probe_gl()
+
+import dm_env  # noqa: E402  (these read MUJOCO_GL)
+import mujoco  # noqa: E402
+import numpy as np  # noqa: E402
+from dm_control import suite  # noqa: E402
+from dm_env import specs  # noqa: E402
+
+import contexts  # noqa: E402
+
+SHADOW_SIZE = 512  # the suite's 2048 costs three times the frame for a difference of 0.016/255
+
+
+def task_names() -> list[str]:
+    """Every task of the suite as domain_task."""
+    return [f'{domain}_{task}' for domain, task in suite.ALL_TASKS]
+
+
+def split_name(task_name: str) -> tuple[str, str]:
+    """'reacher_hard' -> ('reacher', 'hard'); 'cup_catch' is DrQ-v2's name of ball_in_cup_catch."""
+    full = task_name.replace('cup_', 'ball_in_cup_') if task_name.startswith('cup_') else task_name
+    for domain, task in suite.ALL_TASKS:
+        if full == f'{domain}_{task}':
+            return domain, task
+    raise UserError(f"the suite has no task '{task_name}': see --help for those it has.")
+
+
+class Camera:
+    """Films a physics into `im_size` x `im_size` RGB; one OpenGL context for the whole process.
+
+    The buffer has the image's size and everything is kept between frames; otherwise the picture
+    is the suite's but for SHADOW_SIZE. A context is painted on for the moment of the render only:
+    the physics never notices.
+
+    Raises: UserError where no OpenGL works.
+    """
+    _gl = None
+
+    def __init__(self, physics, im_size: int, camera_id: int, painter=None):
+        self._physics, self._painter = physics, painter
+        self._model = model = physics.model.ptr
+        if Camera._gl is None:
+            try:
+                Camera._gl = mujoco.GLContext(im_size, im_size)
+            except Exception as error:  # each backend raises its own
+                raise UserError(GL_ADVICE) from error
+            atexit.register(Camera._gl.free)
+        Camera._gl.make_current()
+        model.vis.quality.shadowsize = SHADOW_SIZE
+        model.vis.global_.offwidth = model.vis.global_.offheight = im_size
+        self._gpu = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        self._scene = mujoco.MjvScene(model, maxgeom=1000)
+        self._option, self._perturb = mujoco.MjvOption(), mujoco.MjvPerturb()
+        self._view = mujoco.MjvCamera()
+        self._view.type, self._view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, camera_id
+        self._rect = mujoco.MjrRect(0, 0, im_size, im_size)
+        self._pixels = np.empty((im_size, im_size, 3), np.uint8)
+        self._uploaded = None  # the context whose textures OpenGL holds
+
+    def render(self, context: np.ndarray | None = None) -> np.ndarray:
+        """-> uint8 (im_size, im_size, 3), of the physics as it is now, in `context`."""
+        Camera._gl.make_current()
+        if context is not self._uploaded:
+            self._painter.upload(context, self._gpu)
+            self._uploaded = context
+        with self._painter.painted(context) if self._painter else contextlib.nullcontext():
+            mujoco.mjv_updateScene(self._model, self._physics.data.ptr, self._option,
+                                   self._perturb, self._view, mujoco.mjtCatBit.mjCAT_ALL,
+                                   self._scene)
+        if self._painter:
+            self._painter.dress(context, self._scene)
+        # Contexts of the GPU share one buffer binding: another camera may have been here.
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
+        mujoco.mjr_render(self._rect, self._scene, self._gpu)
+        mujoco.mjr_readPixels(self._pixels, None, self._rect, self._gpu)
+        return self._pixels[::-1].copy()  # OpenGL's first row is the lowest
+
+
+class Wrapper(dm_env.Environment):
+    """Delegates everything that a subclass does not take on."""
+
+    def __init__(self, env: dm_env.Environment):
+        self._env = env
+
+    def __getattr__(self, name):
+        if name == '_env':  # not there yet while unpickling or before __init__
+            raise AttributeError(name)
+        return getattr(self._env, name)
+
+    def reset(self, **episode):
+        return self._env.reset(**episode)
+
+    def step(self, action):
+        return self._env.step(action)
+
+    def observation_spec(self):
+        return self._env.observation_spec()
+
+    def action_spec(self):
+        return self._env.action_spec()
+
+    def reward_spec(self):
+        return self._env.reward_spec()
+
+    def discount_spec(self):
+        return self._env.discount_spec()
+
+
+class SuiteEpisodes(Wrapper):
+    """A suite environment whose episodes are named by a seed and filmed in a context.
+
+    Actions are float32 in [-1, 1]. `episode_info` holds what is known of the episode so far.
+    """
+
+    def __init__(self, env, camera_id: int, painter=None, seed: int = 0):
+        super().__init__(env)
+        self.camera_id, self.painter = camera_id, painter
+        self._cameras, self._context = {}, None
+        self._seeds = np.random.default_rng(seed)
+        spec = env.action_spec()
+        self._low, self._scale = spec.minimum, (spec.maximum - spec.minimum) / 2.0
+        self._action_spec = specs.BoundedArray(spec.shape, np.float32, -1.0, 1.0, 'action')
+
+    def action_spec(self):
+        return self._action_spec
+
+    def reset(self, episode_seed: int | None = None, context: np.ndarray | None = None):
+        """Start the episode of that seed (the next of a seeded stream by default)."""
+        if episode_seed is None:
+            episode_seed = int(self._seeds.integers(2**32))
+        self._context, self.episode_info = context, {}
+        self._env.task.random.seed(episode_seed)
+        return self._env.reset()
+
+    def step(self, action):
+        action = np.asarray(action, np.float64)
+        return self._env.step(self._low + self._scale * (action + 1.0))
+
+    def camera(self, im_size: int) -> Camera:
+        return Camera(self._env.physics, im_size, self.camera_id, self.painter)
+
+    def render(self, im_size: int) -> np.ndarray:
+        """-> uint8 (im_size, im_size, 3), in the episode's context."""
+        if im_size not in self._cameras:
+            self._cameras[im_size] = self.camera(im_size)
+        return self._cameras[im_size].render(self._context)
+
+    def panels(self, im_size: int) -> dict[str, np.ndarray]:
+        """What a video of the episode shows side by side: caption -> uint8 (H, W, 3)."""
+        return {'agent': self.render(im_size)}
+
+
+class ActionRepeat(Wrapper):
+    """Every action is taken `num_repeats` times; rewards add up until a terminal discount."""
+
+    def __init__(self, env, num_repeats: int):
+        super().__init__(env)
+        self._num_repeats = num_repeats
+
+    def step(self, action):
+        reward, discount = 0.0, 1.0
+        for _ in range(self._num_repeats):
+            time_step = self._env.step(action)
+            if time_step.first():  # the step after LAST begins a new episode
+                return time_step
+            reward += time_step.reward * discount
+            discount *= time_step.discount
+            if time_step.last():
+                break
+        return time_step._replace(reward=reward, discount=discount)
+
+
+class States(Wrapper):
+    """The proprioceptive observation, flat: float32 (n,)."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        size = sum(int(np.prod(spec.shape)) for spec in env.observation_spec().values())
+        self._spec = specs.Array((size,), np.float32, 'observation')
+
+    def observation_spec(self):
+        return self._spec
+
+    def reset(self, **episode):
+        return self._flatten(self._env.reset(**episode))
+
+    def step(self, action):
+        return self._flatten(self._env.step(action))
+
+    def _flatten(self, time_step):
+        parts = [np.ravel(part) for part in time_step.observation.values()]
+        return time_step._replace(observation=np.concatenate(parts).astype(np.float32))
+
+
+class Pixels(Wrapper):
+    """The last `num_frames` frames: uint8 (3 * num_frames, im_size, im_size), newest last."""
+
+    def __init__(self, env, im_size: int, num_frames: int):
+        super().__init__(env)
+        self._im_size, self._frames = im_size, deque(maxlen=num_frames)
+        self._spec = specs.BoundedArray((3 * num_frames, im_size, im_size), np.uint8, 0, 255,
+                                        'observation')
+
+    def observation_spec(self):
+        return self._spec
+
+    def reset(self, **episode):
+        return self._stack(self._env.reset(**episode))
+
+    def step(self, action):
+        return self._stack(self._env.step(action))
+
+    def _stack(self, time_step):
+        frame = self._env.render(self._im_size).transpose(2, 0, 1)
+        # Before an episode's first frame, nothing moved: that frame fills the stack.
+        self._frames.extend([frame] * (self._frames.maxlen if time_step.first() else 1))
+        return time_step._replace(observation=np.concatenate(self._frames))
+
+
+def load_suite(task_name: str, scenery=None, seed: int = 0) -> SuiteEpisodes:
+    """The bare task, able to film itself; `scenery` (cfg) makes it fit for visual contexts."""
+    domain, task = split_name(task_name)
+    env = suite.load(domain, task, task_kwargs={'random': seed})
+    camera_id = 2 if domain == 'quadruped' else 0  # as in DrQ-v2: 0 is inside the quadruped
+    painter = contexts.prepare(env, scenery, camera_id) if scenery is not None else None
+    return SuiteEpisodes(env, camera_id, painter, seed)
+
+
+def make(task_name: str, obs: str = 'pixels', action_repeat: int = 2, frame_stack: int = 3,
+         im_size: int = 84, seed: int = 0, scenery=None) -> dm_env.Environment:
+    """A suite task as DrQ-v2 sees it.
+
+    Args:
+      obs: 'pixels', uint8 (3 * frame_stack, im_size, im_size), or 'states', float32 (n,).
+      seed: of the stream of episodes that plain `reset()` draws from.
+      scenery: cfg.scenery, for an environment that can be filmed in visual contexts.
+    """
+    if obs not in ('pixels', 'states'):
+        raise UserError(f"obs={obs} is neither pixels nor states.")
+    env = ActionRepeat(load_suite(task_name, scenery, seed), action_repeat)
+    return Pixels(env, im_size, frame_stack) if obs == 'pixels' else States(env)
+
+
+class Imitation(Wrapper):
+    """Imitation as an ordinary RL problem: track what a demonstration, translated, would look like.
+
+    At reset a demonstrated episode is drawn, and one of the contexts that it was filmed in becomes
+    the agent's. The agent starts where the expert started. The videos in the other contexts are
+    translated into the agent's, from its first image on, and averaged: features z*_t, images o*_t.
+
+    Observation: float32 (n,): the features of the last `num_frames` frames, newest first, the
+      target features `lookahead` steps ahead (the last one stands in for those beyond the end),
+      and the share of the horizon that is left. Features have zero mean and unit variance.
+    Reward: -(t/T)^time_power * (w_feature |z_t - z*_t|^2 + w_img |o_t - o*_t|^2), each a mean over
+      elements in units of their variance, so that scale and size do not matter: 0 is perfect
+      (Liu et al. 2017, section V, where time_power is 2).
+    Horizon: the demonstration ends at step T, and with it the sum to be maximised: there is
+      nothing left to bootstrap from, so the discount of that step is 0. But it is no ordinary
+      terminal, an event that the agent could bring about or put off: it is the clock's, and the
+      clock is in the observation, without which the value of a state would not be defined
+      (Pardo et al. 2018).
+
+    The reward of the task itself is hidden. With `evaluate`, its sum stands in `episode_info`
+    beside the expert's and a random policy's in the same episode, and the translation's PSNR
+    beside that of the agent's first image.
+    """
+
+    def __init__(self, env, demos, translator, im_size: int, num_frames: int, lookahead: list[int],
+                 time_power: float, w_feature: float, w_img: float, evaluate: bool = False):
+        """
+        Args:
+          env: `load_suite(..., scenery)`, its actions repeated as the expert's were.
+          demos: `len`, `frames(i)` uint8 (C, T+1, H, W, 3), `episode(i)` dict: see `video.Clips`.
+          translator: `encode(frame uint8 (H, W, 3))` -> (Z,), `translate(i, sources, first frame)`
+            -> features (T+1, Z), images uint8 (T+1, H, W, 3); `image_var`, of pixels in [0, 1].
+        """
+        super().__init__(env)
+        self._demos, self._translator, self._im_size = demos, translator, im_size
+        self._num_frames, self._lookahead = num_frames, np.array(lookahead)
+        self._time_power, self._w_feature, self._w_img = time_power, w_feature, w_img
+        self._evaluate, self._rng = evaluate, np.random.default_rng(0)
+        self._horizon = demos.frames(0).shape[1] - 1
+        self._ended = True
+        size = translator.z_dim * (num_frames + len(lookahead)) + 1
+        self._spec = specs.Array((size,), np.float32, 'observation')
+
+    def observation_spec(self):
+        return self._spec
+
+    def reset(self, episode_seed: int | None = None):
+        """Draw a demonstration and a context: which ones is a pure function of the seed."""
+        rng = self._rng if episode_seed is None else np.random.default_rng(episode_seed)
+        i = int(rng.integers(len(self._demos)))
+        demo, clips = self._demos.episode(i), self._demos.frames(i)
+        own = int(rng.integers(len(clips)))
+        sources = [c for c in range(len(clips)) if c != own]
+        self.episode_info = {}
+        if self._evaluate:
+            random_return = self._random_return(demo['episode_seed'])
+        self._env.reset(episode_seed=demo['episode_seed'],
+                        context=np.asarray(demo['contexts'][own]))
+        self._frame = self._env.render(self._im_size)
+        self._targets, self._images = self._translator.translate(i, sources, self._frame)
+        self._features = deque(maxlen=self._num_frames)
+        self._features.extend([self._translator.encode(self._frame)] * self._num_frames)
+        self._step, self._source, self._ended = 0, clips[sources[0]], False
+        if self._evaluate:
+            truth = clips[own]
+            self.episode_info = {'task_return': 0.0, 'expert_return': demo['expert_return'],
+                                 'random_return': random_return,
+                                 'psnr_translation': psnr(self._images, truth),
+                                 'psnr_copy_first': psnr(truth[:1], truth)}
+        return dm_env.restart(self._observation())
+
+    def _random_return(self, episode_seed: int) -> float:
+        rng, total = np.random.default_rng(episode_seed), 0.0
+        self._env.reset(episode_seed=episode_seed)
+        for _ in range(self._horizon):
+            total += self._env.step(rng.uniform(-1, 1, self.action_spec().shape)).reward
+        return total
+
+    def step(self, action):
+        if self._ended:
+            return self.reset()
+        time_step = self._env.step(action)
+        self._step += 1
+        self._frame = self._env.render(self._im_size)
+        self._features.appendleft(self._translator.encode(self._frame))
+        if self._evaluate:
+            self.episode_info['task_return'] += time_step.reward
+        reward, observation = self._reward(), self._observation()
+        if self._step == self._horizon or time_step.last():
+            self._ended = True
+            return dm_env.termination(reward, observation)
+        return dm_env.transition(reward, observation)
+
+    def _reward(self) -> float:
+        distance = 0.0
+        if self._w_feature:
+            error = self._features[0] - self._targets[self._step]
+            distance += self._w_feature * float(np.mean(error ** 2))
+        if self._w_img:
+            distance += (self._w_img / self._translator.image_var
+                         * mse(self._frame, self._images[self._step]))
+        return -(self._step / self._horizon) ** self._time_power * distance
+
+    def _observation(self) -> np.ndarray:
+        ahead = np.minimum(self._step + self._lookahead, self._horizon)
+        left = np.float32(1 - self._step / self._horizon)
+        return np.concatenate([*self._features, *self._targets[ahead], [left]]).astype(np.float32)
+
+    def panels(self, im_size: int) -> dict[str, np.ndarray]:
+        """What to see side by side: uint8 (H, W, 3) each."""
+        del im_size  # all three are of the translator's size
+        return {'expert, source context': self._source[self._step],
+                'translation': self._images[self._step],
+                'imitator, target context': self._frame}
+
+
+def mse(image: np.ndarray, other: np.ndarray) -> float:
+    """Of uint8 images that broadcast against each other, in [0, 1]."""
+    return float(np.mean((image.astype(np.float32) - other) ** 2)) / 255 ** 2
+
+
+def psnr(image: np.ndarray, other: np.ndarray) -> float:
+    """In dB."""
+    return -10 * np.log10(max(mse(image, other), 1e-10))

@@ -1,0 +1,223 @@
+"""DrQ-v2 (Yarats et al. 2021, arXiv 2107.09645): encoder, actor, critic and the agent.
+
+On flat states the same learner runs with an identity encoder and without augmentation.
+"""
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributions import Normal
+from torch.distributions.utils import _standard_normal
+
+import utils
+
+
+def random_shift(obs: torch.Tensor, pad: int = 4) -> torch.Tensor:
+    """Shift each image by whole pixels in [-pad, pad], the border repeated.
+
+    Args:
+      obs: uint8 (B, C, H, W). -> the same shape and dtype.
+
+    The reference samples bilinearly at what are whole pixels but for rounding; here they are.
+    """
+    batch, _, height, width = obs.shape
+    shift = torch.randint(0, 2 * pad + 1, (2, batch, 1), device=obs.device) - pad
+    rows = (torch.arange(height, device=obs.device) + shift[0]).clamp(0, height - 1)  # (B, H)
+    cols = (torch.arange(width, device=obs.device) + shift[1]).clamp(0, width - 1)    # (B, W)
+    flat = (rows[:, :, None] * width + cols[:, None, :]).view(batch, 1, -1)           # (B, 1, H*W)
+    return obs.flatten(2).gather(2, flat.expand(-1, obs.shape[1], -1)).view_as(obs)
+
+
+def weight_init(module: nn.Module):
+    """Orthogonal weights, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.orthogonal_(module.weight)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.orthogonal_(module.weight, nn.init.calculate_gain('relu'))
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.zeros_(module.bias)
+
+
+class TruncatedNormal(Normal):
+    """A normal clamped into (-1, 1), its noise clipped; gradients pass straight through."""
+
+    def sample(self, clip: float | None = None) -> torch.Tensor:
+        noise = _standard_normal(self.loc.shape, self.loc.dtype, self.loc.device) * self.scale
+        if clip is not None:
+            noise = noise.clamp(-clip, clip)
+        action = self.loc + noise
+        clamped = action.clamp(-1.0 + 1e-6, 1.0 - 1e-6)
+        return action - action.detach() + clamped.detach()
+
+
+class Encoder(nn.Module):
+    """uint8 pixels (B, C, H, W) -> (B, repr_dim), 39,200 at 84 px; flat states pass unchanged."""
+
+    def __init__(self, obs_shape: tuple[int, ...]):
+        super().__init__()
+        if len(obs_shape) == 1:
+            self.repr_dim, self.convnet = obs_shape[0], None
+            return
+        channels, height, _ = obs_shape
+        layers, size = [], height
+        for stride in (2, 1, 1, 1):
+            layers += [nn.Conv2d(channels, 32, 3, stride), nn.ReLU()]
+            channels, size = 32, (size - 3) // stride + 1
+        self.convnet = nn.Sequential(*layers)
+        self.repr_dim = 32 * size * size
+        self.apply(weight_init)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        if self.convnet is None:
+            return obs
+        return self.convnet(obs / 255.0 - 0.5).flatten(1)
+
+
+def trunk(repr_dim: int, feature_dim: int | None) -> nn.Module:
+    """The bottleneck behind an encoder of images; None, for flat states, is none at all.
+
+    Its LayerNorm forgets the scale of its input, which in pixels means contrast but in states is
+    half of what there is to know: how far, how fast.
+    """
+    if feature_dim is None:
+        return nn.Identity()
+    return nn.Sequential(nn.Linear(repr_dim, feature_dim), nn.LayerNorm(feature_dim), nn.Tanh())
+
+
+def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(),
+                         nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
+                         nn.Linear(hidden_dim, out_dim))
+
+
+class Actor(nn.Module):
+    """(B, repr_dim) -> the mean action's truncated normal, (B, action_dim)."""
+
+    def __init__(self, repr_dim: int, action_dim: int, feature_dim: int | None,
+                 hidden_dim: int):
+        super().__init__()
+        self.trunk = trunk(repr_dim, feature_dim)
+        self.policy = mlp(feature_dim or repr_dim, hidden_dim, action_dim)
+        self.apply(weight_init)
+
+    def forward(self, features: torch.Tensor, stddev: float) -> TruncatedNormal:
+        mean = torch.tanh(self.policy(self.trunk(features)))
+        return TruncatedNormal(mean, torch.full_like(mean, stddev), validate_args=False)
+
+
+class Critic(nn.Module):
+    """(B, repr_dim), (B, action_dim) -> two estimates of the return, each (B, 1)."""
+
+    def __init__(self, repr_dim: int, action_dim: int, feature_dim: int | None,
+                 hidden_dim: int):
+        super().__init__()
+        self.trunk = trunk(repr_dim, feature_dim)
+        in_dim = (feature_dim or repr_dim) + action_dim
+        self.q1 = mlp(in_dim, hidden_dim, 1)
+        self.q2 = mlp(in_dim, hidden_dim, 1)
+        self.apply(weight_init)
+
+    def forward(self, features: torch.Tensor, action: torch.Tensor):
+        both = torch.cat([self.trunk(features), action], dim=-1)
+        return self.q1(both), self.q2(both)
+
+
+class DrQV2Agent:
+    """Acts, and updates from replayed batches; `update` returns metrics as 0-d tensors."""
+
+    def __init__(self, obs_shape, action_dim: int, device='cpu', lr: float = 1e-4,
+                 feature_dim: int | None = 50, hidden_dim: int = 1024, critic_target_tau: float = 0.01,
+                 num_expl_steps: int = 2000, update_every_steps: int = 2,
+                 stddev_schedule: str = 'linear(1.0,0.1,500000)', stddev_clip: float = 0.3):
+        """
+        Args:
+          obs_shape: (C, H, W) of uint8 pixels, or (n,) of float32 states.
+          num_expl_steps: agent steps of uniform actions at the start.
+          update_every_steps: agent steps to an update.
+          stddev_schedule: exploration noise over agent steps, see `utils.schedule`.
+          stddev_clip: bound of the noise on actions inside the losses.
+        """
+        self.device = torch.device(device)
+        self.critic_target_tau, self.update_every_steps = critic_target_tau, update_every_steps
+        self.num_expl_steps = num_expl_steps
+        self.stddev_schedule, self.stddev_clip = stddev_schedule, stddev_clip
+        self.augment = len(obs_shape) == 3
+
+        self.encoder = self.make_encoder(tuple(obs_shape)).to(self.device)
+        sizes = (self.encoder.repr_dim, action_dim, feature_dim, hidden_dim)
+        self.actor = Actor(*sizes).to(self.device)
+        self.critic = Critic(*sizes).to(self.device)
+        self.critic_target = Critic(*sizes).to(self.device).requires_grad_(False)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=lr, fused=True)
+        # One optimiser for both: the encoder learns from the critic's loss only.
+        self.critic_opt = torch.optim.Adam(
+            [*self.encoder.parameters(), *self.critic.parameters()], lr=lr, fused=True)
+
+    def make_encoder(self, obs_shape: tuple[int, ...]) -> nn.Module:
+        return Encoder(obs_shape)
+
+    _parts = ('encoder', 'actor', 'critic', 'critic_target', 'actor_opt', 'critic_opt')
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in self._parts}
+
+    def load_state_dict(self, state: dict):
+        """Of a whole snapshot, or of a slim one, with which it can act but not go on learning."""
+        for name in self._parts:
+            if name in state:
+                getattr(self, name).load_state_dict(state[name])
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, step: int, eval_mode: bool) -> np.ndarray:
+        """One observation, unbatched -> float32 (action_dim,) in [-1, 1]."""
+        features = self.encoder(torch.as_tensor(obs, device=self.device)[None])
+        dist = self.actor(features, utils.schedule(self.stddev_schedule, step))
+        if eval_mode:
+            action = dist.mean
+        elif step < self.num_expl_steps:
+            action = torch.empty_like(dist.mean).uniform_(-1.0, 1.0)
+        else:
+            action = dist.sample()
+        return action.float().cpu().numpy()[0]
+
+    def update(self, replay_buffer, batch_size: int, step: int) -> dict[str, torch.Tensor]:
+        """One update in every `update_every_steps` steps; -> metrics, empty in between."""
+        if step % self.update_every_steps:
+            return {}
+        obs, action, reward, discount, next_obs = replay_buffer.sample(batch_size)
+        if self.augment:
+            obs, next_obs = random_shift(obs), random_shift(next_obs)
+        stddev = utils.schedule(self.stddev_schedule, step)
+        features = self.encoder(obs)
+        with torch.no_grad():
+            next_features = self.encoder(next_obs)
+        metrics = self.update_critic(features, action, reward, discount, next_features, stddev)
+        metrics |= self.update_actor(features.detach(), stddev)
+        torch._foreach_lerp_(list(self.critic_target.parameters()),
+                             list(self.critic.parameters()), self.critic_target_tau)
+        return {'batch_reward': reward.mean(), **metrics}
+
+    def update_critic(self, features, action, reward, discount, next_features, stddev):
+        with torch.no_grad():
+            next_action = self.actor(next_features, stddev).sample(self.stddev_clip)
+            target_q = torch.min(*self.critic_target(next_features, next_action))
+            target_q = reward + discount * target_q
+        q1, q2 = self.critic(features, action)
+        loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
+        self.critic_opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.critic_opt.step()
+        return {'critic_target_q': target_q.mean(), 'critic_q1': q1.detach().mean(),
+                'critic_q2': q2.detach().mean(), 'critic_loss': loss.detach()}
+
+    def update_actor(self, features, stddev):
+        action = self.actor(features, stddev).sample(self.stddev_clip)
+        loss = -torch.min(*self.critic(features, action)).mean()
+        parameters = list(self.actor.parameters())
+        # Not loss.backward(): that would also work out gradients of the critic, to throw them away.
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = grad
+        self.actor_opt.step()
+        return {'actor_loss': loss.detach()}

@@ -1,0 +1,229 @@
+"""Film an expert's episodes in many contexts: python generate_expert_video.py task=reacher_hard
+
+The physics runs once for each episode and a camera for each context films it. Episode i's start
+and contexts are functions of (seed, split, i) alone, so the dataset is the same for any number of
+workers, and a generation that was interrupted, or is asked for more episodes, goes on.
+"""
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+import dmc  # first: it chooses the OpenGL backend before anything imports mujoco
+
+# isort: split
+import contexts
+import utils
+import video
+from drqv2 import DrQV2Agent
+from logger import Progress
+from utils import UserError
+
+SPLITS = {'train': 'seen', 'valid': 'held_out'}  # -> the contexts that it is filmed in
+NUM_PREVIEWS = 3  # episodes of each split
+
+
+def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
+    """-> an agent that acts on the CPU, and the `dmc.make` arguments of its environment.
+
+    Raises: UserError for a file that is missing, damaged, or no expert of the task.
+    """
+    expert = utils.load_snapshot(path, 'expert', task_name,
+                                 remedy=f'python train.py task={task_name}')
+    agent = DrQV2Agent(**expert['agent_args'], device='cpu')
+    agent.load_state_dict(expert['agent'])
+    return agent, expert['made_by']['env_args']
+
+
+def draw_episode(seed: int, split: str, i: int, num_contexts: int, scenery: dict
+                 ) -> tuple[int, np.ndarray]:
+    """-> episode i's seed, even in train and odd in valid, and its contexts (num_contexts, DIM)."""
+    number = list(SPLITS).index(split)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, i)))
+    episode_seed = 2 * int(rng.integers(2**31)) + number
+    return episode_seed, np.stack([contexts.sample(rng, SPLITS[split], scenery)
+                                   for _ in range(num_contexts)])
+
+
+def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: np.ndarray
+         ) -> tuple[np.ndarray, list[float]]:
+    """One episode of the deterministic expert, from its start, seen by a camera for each context.
+
+    Args:
+      cameras: `render(context)` -> uint8 (H, W, 3); looks: their contexts (C, DIM).
+
+    Returns: frames uint8 (C, episode_len + 1, H, W, 3), and the reward of each step.
+    """
+    frames, rewards = [], []
+    time_step = env.reset(episode_seed=episode_seed)
+    looks = list(looks)  # one array for each: cameras go by identity to see whether theirs changed
+    while True:
+        frames.append([camera.render(look) for camera, look in zip(cameras, looks, strict=True)])
+        if len(rewards) == episode_len:
+            return np.stack(frames, axis=1), rewards
+        if time_step.last():
+            raise UserError(f'the episode of seed {episode_seed} ends after {len(rewards)} steps: '
+                            f'set episode_len={len(rewards)} or less.')
+        time_step = env.step(agent.act(time_step.observation, step=0, eval_mode=True))
+        rewards.append(float(time_step.reward))
+
+
+class Studio:
+    """What a worker needs to film: environment, expert, cameras."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.agent, env_args = load_expert(cfg.snapshot, cfg.task_name)
+        self.scenery = OmegaConf.to_container(cfg.scenery, resolve=True)
+        self.env = dmc.make(cfg.task_name, scenery=self.scenery, **env_args)
+        # A camera for each: its textures are uploaded once an episode instead of once a frame.
+        self.cameras = [self.env.camera(cfg.im_size) for _ in range(cfg.num_contexts)]
+        self.fps = 1 / (self.env.control_timestep() * env_args['action_repeat'])
+
+    def make(self, split: str, i: int):
+        cfg, root = self.cfg, Path(self.cfg.out_dir) / split
+        episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
+        frames, rewards = film(self.env, self.agent, self.cameras, cfg.episode_len, episode_seed,
+                               looks)
+        if i < NUM_PREVIEWS:
+            labels = [f'{SPLITS[split]} context {c}' for c in range(len(frames))]
+            video.save(root / f'preview_{i:05d}.mp4', video.side_by_side(frames, labels), self.fps)
+        video.write_episode(root, i, frames, {
+            'episode_seed': episode_seed, 'expert_return': sum(rewards), 'rewards': rewards,
+            'contexts': looks.tolist()})
+
+
+def start_worker(cfg):
+    global studio
+    # Opened with the first episode: an error in here would lose its sentence.
+    studio = functools.cache(functools.partial(Studio, cfg))
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the main process, which lets begun episodes be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():  # else the workers of a main process that is killed wait for ever
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def make_episode(split: str, i: int):
+    studio().make(split, i)
+
+
+def describe(cfg, split: str, env_args: dict) -> dict:
+    """All that the episodes of a split depend on, but for how many there are."""
+    return {'format': utils.FORMAT, 'task': cfg.task_name, 'split': split,
+            'contexts': SPLITS[split], 'im_size': cfg.im_size, 'episode_len': cfg.episode_len,
+            'num_contexts': cfg.num_contexts, 'action_repeat': env_args['action_repeat'],
+            'seed': cfg.seed, 'scenery': OmegaConf.to_container(cfg.scenery, resolve=True),
+            'shadow_size': dmc.SHADOW_SIZE, 'expert_sha256': utils.sha256(cfg.snapshot),
+            'versions': utils.versions()}
+
+
+def flat(values: dict, prefix: str = '') -> dict:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    parts = [flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
+             for key, value in values.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def check_same_settings(root: Path, meta: dict):
+    """Raises: UserError where the folder's episodes were made otherwise than `meta` says."""
+    mend = f'rm -r {root}, or set out_dir to another folder'
+    if not (root / 'meta.json').exists():
+        if list(root.glob('episode_*.json')):
+            raise UserError(f'{root} holds episodes but no meta.json to say of what: {mend}.')
+        return
+    here, there = flat(meta), flat(video.read_json(root / 'meta.json'))
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) != there.get(key):
+            raise UserError(f'{root} was made with {key}={there.get(key)}, not {here.get(key)}: '
+                            f'{mend}.')
+
+
+def check_disk(root: Path, num_bytes: int):
+    """Raises: UserError when the disk of `root` lacks `num_bytes`."""
+    parent = next(p for p in (root, *root.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if num_bytes > free:
+        raise UserError(f'the videos need {num_bytes / 2**30:.1f} GiB in {root}, where '
+                        f'{free / 2**30:.1f} GiB are free: set num_train or num_contexts lower.')
+
+
+def generate(cfg):
+    """Bring both splits to num_train and num_valid episodes; what is there already stays.
+
+    Raises: UserError for bad settings, before anything is written.
+    """
+    utils.require_at_least(cfg, 1, 'num_train', 'num_valid', 'num_contexts', 'im_size')
+    utils.require_at_least(cfg, 2, 'episode_len')
+    if cfg.num_workers is not None:
+        utils.require_at_least(cfg, 1, 'num_workers')
+    _, env_args = load_expert(cfg.snapshot, cfg.task_name)
+    metas, jobs = {}, []
+    for split, num in (('train', cfg.num_train), ('valid', cfg.num_valid)):
+        root = Path(cfg.out_dir) / split
+        metas[root] = describe(cfg, split, env_args)
+        check_same_settings(root, metas[root])
+        jobs += [(split, i) for i in range(num)
+                 if not video.frames_path(root, i).with_suffix('.json').exists()]
+    clip_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
+    check_disk(Path(cfg.out_dir), len(jobs) * clip_bytes)
+
+    for root, meta in metas.items():
+        video.write_json(root / 'meta.json', meta)
+        for leftover in root.glob('.tmp-*'):  # of a generation that was killed
+            leftover.unlink()
+    if jobs:
+        film_all(cfg, jobs, cfg.num_train + cfg.num_valid)
+
+
+def film_all(cfg, jobs: list[tuple[str, int]], total: int):
+    """Share the jobs, (split, i) each, out to processes. Those begun are finished on Ctrl-C."""
+    num_workers = cfg.num_workers or min(len(os.sched_getaffinity(0)), 8)
+    # The workers keep the cores busy: threads of software OpenGL would only be in their way.
+    os.environ.setdefault('LP_NUM_THREADS', '0')
+    done = total - len(jobs)
+    progress = Progress(total, 'clip', done)
+    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), multiprocessing.get_context('spawn'),
+                               start_worker, (cfg,))
+    try:
+        for _ in pool.map(make_episode, *zip(*jobs, strict=True)):
+            done += 1
+            progress.show(done)
+    except BrokenProcessPool as error:
+        raise UserError('a worker died, perhaps for want of memory: set num_workers lower; the '
+                        'same command goes on from here.') from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+        progress.close()
+
+
+@utils.main('generate_expert_video')
+def main(cfg):
+    try:
+        generate(cfg)
+    except KeyboardInterrupt:
+        sys.exit('interrupted; the same command goes on from here')
+    for split, split_contexts in SPLITS.items():
+        clips = video.Clips(Path(cfg.out_dir) / split)
+        returns = [clips.episode(i)['expert_return'] for i in range(len(clips))]
+        print(f'{clips.root}: {len(clips)} episodes, each in {cfg.num_contexts} {split_contexts} '
+              f'contexts; return of the expert {np.mean(returns):.4g} +- {np.std(returns):.2g}')
+    print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\n'
+          f'next: python train_ct.py task={cfg.task_name}')
+
+
+if __name__ == '__main__':
+    main()

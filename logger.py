@@ -1,0 +1,206 @@
+"""Metrics on their way out: a CSV for each kind, TensorBoard scalars, and the console."""
+import csv
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+import utils
+
+KINDS = ('train', 'eval')
+
+
+class Progress:
+    """Speed and time left of a long job: on a terminal one line that is rewritten, else lines."""
+
+    WINDOW = 30.0  # seconds over which the speed is taken
+    TERMINAL_EVERY, PLAIN_EVERY = 0.2, 10.0  # seconds from one line to the next
+
+    def __init__(self, total: int, unit: str, done: int = 0,
+                 clock: Callable[[], float] = time.monotonic, stream: TextIO | None = None):
+        """
+        Args:
+          total: units that make the whole job.
+          unit: one of them, in the singular: 'frame', 'clip'.
+          done: units that an earlier run has made; they do not count for the speed.
+          clock: monotonic seconds; tests hand in their own.
+          stream: where to write; None is stdout.
+        """
+        self.total, self.unit, self.done, self.note = total, unit, done, ''
+        self._clock, self._stream = clock, stream or sys.stdout
+        self._rewrites = self._stream.isatty()
+        self._line_open = False  # the cursor stands at the end of a line that is to be rewritten
+        self._shown_at = clock()
+        self._samples = deque([(self._shown_at, done)])
+
+    def update(self, done: int):
+        """Take note that `done` units of the total are made."""
+        now, self.done = self._clock(), done
+        samples = self._samples
+        if len(samples) > 1 and now - samples[-2][0] < self.WINDOW / 60:
+            samples.pop()  # the newest sample moves on, so that there are never many of them
+        samples.append((now, done))
+        while len(samples) > 2 and now - samples[1][0] >= self.WINDOW:
+            samples.popleft()
+
+    @property
+    def speed(self) -> float:
+        """Units a second over the window; 0 while nothing is known."""
+        (start, first), (end, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (end - start) if end > start else 0.0
+
+    @property
+    def eta(self) -> float:
+        """Seconds until `total` at that speed; infinite while the speed is 0."""
+        left = max(self.total - self.done, 0)
+        if not left:
+            return 0.0
+        return left / self.speed if self.speed else float('inf')
+
+    def __str__(self) -> str:
+        parts = [f'{self.done}/{self.total} {self.unit}s']
+        if self.speed:
+            parts += [f'{_short(self.speed)} {self.unit}s/s',
+                      f'{timedelta(seconds=round(self.eta))} left']
+        return ' | '.join([*parts, self.note] if self.note else parts)
+
+    def show(self, done: int, note: str | None = None):
+        """`update`, and write the line if the one before is old enough.
+
+        Args:
+          note: stands behind the figures from now on; None keeps the present one.
+        """
+        self.update(done)
+        self.note = self.note if note is None else note
+        now = self._samples[-1][0]
+        if now - self._shown_at < (self.TERMINAL_EVERY if self._rewrites else self.PLAIN_EVERY):
+            return
+        self._shown_at = now
+        if self._rewrites:
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be rewritten
+            self._write(str(self)[:width])
+        else:
+            self._write(f'{self}\n')
+        self._line_open = self._rewrites
+
+    def say(self, line: str):
+        """Write a line that stays."""
+        self._write(f'{line}\n')
+        self._line_open = False
+
+    def close(self):
+        """Leave the final state standing."""
+        self.say(str(self))
+
+    def _write(self, text: str):
+        self._stream.write(f'\r\x1b[K{text}' if self._line_open else text)
+        self._stream.flush()
+
+
+class Logger:
+    """Averages what it is handed; `dump` writes the means as a row, as points and as a line."""
+
+    def __init__(self, work_dir: str | Path, total: int, unit: str = 'frame', resume_step: int = 0,
+                 use_tb: bool = True, clock: Callable[[], float] = time.monotonic,
+                 stream: TextIO | None = None):
+        """
+        Args:
+          work_dir: gets train.csv, eval.csv and tb/.
+          total: steps of the whole run.
+          unit: what a step is called; the first column of the CSVs.
+          resume_step: where the run goes on (0: a new run). Rows and points after it come from
+            steps that were lost; they are dropped, so that no curve has doubled points.
+          clock, stream: as for `Progress`.
+        """
+        self.progress = Progress(total, unit, resume_step, clock, stream)
+        self._sums = {ty: {} for ty in KINDS}  # key -> (sum, count)
+        self._files = {ty: _Csv(Path(work_dir) / f'{ty}.csv', unit, resume_step) for ty in KINDS}
+        self._tb = None
+        if use_tb:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+            self._tb = SummaryWriter(str(Path(work_dir) / 'tb'), purge_step=resume_step + 1)
+
+    def log_metrics(self, metrics: Mapping[str, float | torch.Tensor], step: int,
+                    ty: str = 'train'):
+        """Add values to the next dump's means, and show that the run has come to `step`.
+
+        Args:
+          metrics: numbers, or one-element tensors on any device: they are summed where they are,
+            and nothing waits for the device before `dump`.
+          ty: 'train' or 'eval'.
+        """
+        sums = self._sums[ty]
+        for key, value in metrics.items():
+            if isinstance(value, torch.Tensor):
+                value = value.detach().float()  # a sum of ones in bf16 stops growing at 256
+            total, count = sums.get(key, (0.0, 0))
+            sums[key] = (total + value, count + 1)
+        self.progress.show(step)
+
+    def dump(self, step: int, ty: str = 'train') -> dict[str, float]:
+        """Write the means since the last dump as the row of `step`, and return them."""
+        means = {key: float(total) / count for key, (total, count) in self._sums[ty].items()}
+        self._sums[ty] = {}
+        if not means:
+            return means
+        self._files[ty].write(step, means)
+        if self._tb:
+            for key, value in means.items():
+                self._tb.add_scalar(f'{ty}/{key}', value, step)
+            self._tb.flush()
+        text = ' | '.join(f'{key} {_short(value)}' for key, value in means.items())
+        if ty == 'train':
+            self.progress.show(step, text)
+        else:
+            self.progress.say(f'{ty} at {self.progress.unit} {step} | {text}')
+        return means
+
+    def close(self):
+        self.progress.close()
+        if self._tb:
+            self._tb.close()
+
+
+class _Csv:
+    """Rows of strictly growing step; columns join as they turn up, a missing value is empty."""
+
+    def __init__(self, path: Path, step_name: str, resume_step: int):
+        self._path, self._step_name = path, step_name
+        self._columns, self._last_step = [step_name], -1
+        if path.exists():
+            self._rewrite([row for row in self._read() if int(row[step_name]) <= resume_step])
+
+    def write(self, step: int, values: Mapping[str, float]):
+        """Append a row; a new column, or a step that is there already, rewrites the file."""
+        row = {self._step_name: str(step), **{key: repr(value) for key, value in values.items()}}
+        if step > self._last_step and row.keys() <= set(self._columns):
+            with self._path.open('a', newline='') as file:
+                csv.DictWriter(file, self._columns, restval='').writerow(row)
+            self._last_step = step
+            return
+        rows = {int(old[self._step_name]): old for old in self._read()}
+        kept = [old for at, old in rows.items() if at < step]
+        self._rewrite([*kept, {**rows.get(step, {}), **row}])
+
+    def _read(self) -> list[dict[str, str]]:
+        text = self._path.read_text() if self._path.exists() else ''
+        whole_lines = text[:text.rfind('\n') + 1]  # a kill may leave half a line at the end
+        return list(csv.DictReader(whole_lines.splitlines()))
+
+    def _rewrite(self, rows: list[dict[str, str]]):
+        self._columns = list(dict.fromkeys([*self._columns, *(key for row in rows for key in row)]))
+        with utils.atomic_write(self._path) as tmp, open(tmp, 'w', newline='') as file:
+            writer = csv.DictWriter(file, self._columns, restval='')
+            writer.writeheader()
+            writer.writerows(rows)
+        self._last_step = int(rows[-1][self._step_name]) if rows else -1
+
+
+def _short(value: float) -> str:
+    return f'{value:.4g}' if abs(value) < 1e4 else f'{value:.0f}'

@@ -1,0 +1,149 @@
+"""One file-backed ring of single frames, from which n-step transitions are sampled."""
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from dm_env import specs
+
+from utils import UserError
+
+
+class ReplayBuffer:
+    """Stores each frame once; stacks and n-step returns are put together when sampled.
+
+    Row i holds what arrived at time i: the newest frame, and the action, reward and discount that
+    led to it (zeros for an episode's first). Only whole episodes are ever sampled, their starts
+    uniformly: a start within `nstep` of the end gets the return up to the end, so that returns
+    never cross episodes and the last steps of a short horizon are learned as well.
+
+    The rows are memory-mapped files: memory is the page cache's to give and take, and a kill loses
+    at most the episode in progress. `slack` rows beyond `capacity` keep what a run that goes back
+    to its last snapshot still has to sample.
+    """
+
+    def __init__(self, root: Path, obs_spec: specs.Array, action_spec: specs.Array, capacity: int,
+                 nstep: int, discount: float, frame_stack: int = 1, slack: int = 0, seed: int = 0,
+                 device: torch.device | str = 'cpu'):
+        """
+        Args:
+          obs_spec: of the stacked observation; its first axis is `frame_stack` frames.
+          capacity: transitions to sample from, in agent steps.
+          slack: at least the steps between two snapshots and one episode.
+
+        Raises:
+          UserError: the disk is too small for the files.
+        """
+        self._nstep, self._discount, self._stack = nstep, discount, frame_stack
+        self._capacity, self._device = capacity, torch.device(device)
+        self._rng = np.random.default_rng(seed)
+        self._size = capacity + slack + frame_stack
+        frame = (obs_spec.shape[0] // frame_stack, *obs_spec.shape[1:])
+        layout = {'obs': (frame, obs_spec.dtype), 'action': (action_spec.shape, np.float32),
+                  'reward': ((), np.float32), 'discount': ((), np.float32),
+                  'first': ((), np.int64), 'last': ((), np.int64)}
+        self._root = Path(root)
+        check_disk(self._root, self._size * sum(
+            int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values()))
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._rows = {}
+        for name, (shape, dtype) in layout.items():
+            path = self._root / f'{name}.npy'
+            if path.exists():
+                self._rows[name] = np.lib.format.open_memmap(path, 'r+')
+            else:
+                self._rows[name] = np.lib.format.open_memmap(path, 'w+', dtype, (self._size, *shape))
+        self._end = 0     # rows of whole episodes ever written
+        self._cursor = 0  # rows ever written
+
+    def __len__(self) -> int:
+        """Rows that can be sampled from."""
+        return min(self._end, self._capacity)
+
+    def add(self, time_step, action: np.ndarray | None = None):
+        """Append a dm_env.TimeStep and the action that led to it (None for the first)."""
+        if time_step.first():
+            self._cursor = self._end  # drops an episode that was broken off
+        row = self._cursor % self._size
+        frame = self._rows['obs'].shape[1]
+        self._rows['obs'][row] = time_step.observation[-frame:]
+        self._rows['action'][row] = 0.0 if time_step.first() else action
+        self._rows['reward'][row] = 0.0 if time_step.first() else time_step.reward
+        self._rows['discount'][row] = 1.0 if time_step.first() else time_step.discount
+        self._cursor += 1
+        if time_step.last():
+            rows = np.arange(self._end, self._cursor) % self._size
+            self._rows['first'][rows] = self._end
+            self._rows['last'][rows] = self._cursor - 1
+            self._end = self._cursor
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """-> obs (B, *obs), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, *obs).
+
+        reward is the discounted n-step sum; discount multiplies the value of next_obs. Sampled
+        with a generator of the buffer's own, whose state is part of `state_dict`.
+        """
+        start = self._sample_starts(batch_size)
+        last = self._rows['last'][start % self._size]
+        reward = np.zeros(batch_size, np.float32)
+        discount = np.ones(batch_size, np.float32)
+        for step in range(1, self._nstep + 1):
+            inside = start + step <= last
+            row = (start + step) % self._size
+            reward += np.where(inside, discount * self._rows['reward'][row], 0.0)
+            discount *= np.where(inside, self._discount * self._rows['discount'][row], 1.0)
+        obs = self._stacked(start)
+        next_obs = self._stacked(np.minimum(start + self._nstep, last))
+        action = self._rows['action'][(start + 1) % self._size]
+        return tuple(torch.from_numpy(part).to(self._device) for part in
+                     (obs, action, reward[:, None], discount[:, None], next_obs))
+
+    def _sample_starts(self, batch_size: int) -> np.ndarray:
+        """Times, uniformly among those that have a successor in their episode."""
+        start = np.empty(0, np.int64)
+        while len(start) < batch_size:
+            time = self._rng.integers(self._end - len(self), self._end, batch_size - len(start))
+            start = np.concatenate([start, time[self._rows['last'][time % self._size] != time]])
+        return start
+
+    def _stacked(self, time: np.ndarray) -> np.ndarray:
+        """-> (B, *obs): the frames up to `time`, an episode's first standing in for earlier ones."""
+        first = self._rows['first'][time % self._size]
+        back = np.arange(-self._stack + 1, 1)
+        rows = np.maximum(time[:, None] + back, first[:, None]) % self._size
+        frames = self._rows['obs'][rows]  # (B, stack, *frame)
+        return frames.reshape(len(time), -1, *frames.shape[3:])
+
+    def state_dict(self) -> dict:
+        """Where the ring and its sampler stand; the rows are on disk once this returns."""
+        for rows in self._rows.values():
+            rows.flush()
+        return {'end': self._end, 'rng': self._rng.bit_generator.state, 'size': self._size}
+
+    def load_state_dict(self, state: dict):
+        """Go back to a state; rows written since are not seen, and written again.
+
+        Raises:
+          UserError: the files in the folder are not the ring that `state` speaks of.
+        """
+        if state['size'] != self._size or any(len(r) != self._size for r in self._rows.values()):
+            raise UserError(f"the replay buffer in {self._root} has {state['size']} rows, not the "
+                            f'{self._size} of this configuration: resume with the options that the '
+                            'run was started with, or start a new run.')
+        self._end = self._cursor = state['end']
+        self._rng.bit_generator.state = state['rng']
+
+    def remove(self):
+        """Delete the files: a finished run has no more use for them."""
+        self._rows.clear()
+        shutil.rmtree(self._root)
+
+
+def check_disk(root: Path, num_bytes: int):
+    """Raises: UserError when the disk of `root` lacks `num_bytes` that are not there already."""
+    parent = next(p for p in (root, *root.absolute().parents) if p.exists())
+    there = sum(path.stat().st_size for path in root.glob('*.npy'))
+    free = shutil.disk_usage(parent).free
+    if num_bytes - there > free:
+        raise UserError(f'the replay buffer needs {num_bytes / 2**30:.1f} GiB in {root}, where '
+                        f'{free / 2**30:.1f} GiB are free: set replay_buffer_size lower.')

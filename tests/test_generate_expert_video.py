@@ -1,0 +1,257 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+import generate_expert_video as script  # first: it imports dmc, which chooses the OpenGL backend
+
+# isort: split
+import contexts
+import dmc
+import utils
+import video
+from drqv2 import DrQV2Agent
+
+REPO = Path(__file__).parent.parent
+SIZES = ['task=reacher_easy', 'num_train=2', 'num_valid=1', 'num_contexts=2', 'episode_len=5',
+         'im_size=32']
+ENV_ARGS = {'obs': 'states', 'action_repeat': 2, 'frame_stack': 3, 'im_size': 84}
+
+
+def config(*overrides):
+    with initialize_config_dir(str(REPO / 'cfgs'), version_base='1.3'):
+        return compose('generate_expert_video', [*SIZES, *overrides])
+
+
+@pytest.fixture(scope='module')
+def snapshot(tmp_path_factory):
+    env = dmc.make('reacher_easy', **ENV_ARGS)
+    agent_args = {'obs_shape': list(env.observation_spec().shape), 'action_dim': 2,
+                  'hidden_dim': 32}
+    utils.set_seed_everywhere(0)
+    path = tmp_path_factory.mktemp('experts') / 'reacher_easy.pt'
+    utils.save_snapshot(path, 'expert', 'reacher_easy', {
+        'agent_args': agent_args, 'agent': DrQV2Agent(**agent_args).state_dict(),
+        'made_by': {'seed': 0, 'env_args': ENV_ARGS}})
+    return path
+
+
+@pytest.fixture(scope='module')
+def dataset(snapshot, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp('videos')
+    script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_workers=1'))
+    return out_dir
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*.*')}
+
+
+def test_dataset_is_whole(dataset, snapshot):
+    assert sorted(contents(dataset)) == [
+        'train/episode_00000.json', 'train/episode_00000.npy', 'train/episode_00001.json',
+        'train/episode_00001.npy', 'train/meta.json', 'train/preview_00000.mp4',
+        'train/preview_00001.mp4', 'valid/episode_00000.json', 'valid/episode_00000.npy',
+        'valid/meta.json', 'valid/preview_00000.mp4']
+    for split, look in (('train', 'seen'), ('valid', 'held_out')):
+        clips = video.Clips(dataset / split, task='reacher_easy', im_size=32, min_len=5)
+        assert clips.meta['split'] == split and clips.meta['action_repeat'] == 2
+        assert clips.meta['expert_sha256'] == utils.sha256(snapshot)
+        assert clips.meta['versions'] == utils.versions()
+        for i in range(len(clips)):
+            episode, frames = clips.episode(i), clips.frames(i)
+            assert frames.shape == (2, 6, 32, 32, 3)
+            assert (frames[0] != frames[1]).any() and (frames[:, 0] != frames[:, 5]).any()
+            assert len(episode['rewards']) == 5
+            assert episode['expert_return'] == sum(episode['rewards'])
+            for context in episode['contexts']:
+                assert contexts.split_of(np.array(context), clips.meta['scenery']) == look
+
+
+def test_same_dataset_from_two_workers(dataset, snapshot, tmp_path):
+    script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}', 'num_workers=2'))
+    assert contents(tmp_path) == contents(dataset)
+
+
+def test_goes_on_where_it_stopped(dataset, snapshot, tmp_path):
+    out_dir = tmp_path / 'videos'
+    shutil.copytree(dataset, out_dir)
+    train = out_dir / 'train'
+    kept = (train / 'episode_00000.npy').stat()
+    (train / 'episode_00001.json').unlink()  # killed after the frames, before the json
+    (train / 'episode_00001.npy').write_bytes(b'of another time')
+    (train / '.tmp-episode_00002.npy').write_bytes(b'cut')
+    script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_workers=1'))
+    assert contents(out_dir) == contents(dataset)
+    now = (train / 'episode_00000.npy').stat()
+    assert (now.st_mtime_ns, now.st_ino) == (kept.st_mtime_ns, kept.st_ino)
+
+
+def test_a_whole_dataset_is_left_alone(dataset, snapshot):
+    before = contents(dataset)
+    script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=1'))
+    assert contents(dataset) == before
+
+
+def test_an_episode_can_be_entered_again(dataset, snapshot):
+    """Same start, and so the same film, from an environment that has done other things before."""
+    clips = video.Clips(dataset / 'train')
+    agent, env_args = script.load_expert(snapshot, 'reacher_easy')
+    env = dmc.make('reacher_easy', scenery=clips.meta['scenery'], **env_args)
+    env.reset()
+    env.step(np.ones(2, np.float32))
+    starts = []
+    for c in range(2):
+        episode, frames = clips.episode(1), clips.frames(1)[c]
+        time_step = env.reset(episode_seed=episode['episode_seed'],
+                              context=np.array(episode['contexts'][c]))
+        starts.append((env.physics.get_state(), env.physics.model.geom_pos.copy()))
+        for t, reward in enumerate(episode['rewards']):
+            assert np.array_equal(env.render(32), frames[t])
+            time_step = env.step(agent.act(time_step.observation, 0, eval_mode=True))
+            assert time_step.reward == reward
+        assert np.array_equal(env.render(32), frames[5])
+    for one, other in zip(*starts, strict=True):  # joints, and the target's place
+        assert np.array_equal(one, other)
+
+
+def test_episodes_are_functions_of_seed_split_and_number():
+    scenery = config().scenery
+    drawn = {}
+    for split in ('train', 'valid'):
+        for i in range(50):
+            episode_seed, looks = script.draw_episode(1, split, i, 3, scenery)
+            assert looks.shape == (3, contexts.DIM)
+            assert {contexts.split_of(look, scenery) for look in looks} == {script.SPLITS[split]}
+            drawn[split, i] = episode_seed
+    assert len(set(drawn.values())) == 100 and all(seed < 2**32 for seed in drawn.values())
+    assert {seed % 2 for (split, _), seed in drawn.items() if split == 'train'} == {0}
+    assert {seed % 2 for (split, _), seed in drawn.items() if split == 'valid'} == {1}
+    again, looks = script.draw_episode(1, 'train', 7, 3, scenery)
+    assert again == drawn['train', 7]
+    assert np.array_equal(looks[:2], script.draw_episode(1, 'train', 7, 2, scenery)[1])
+    assert script.draw_episode(2, 'train', 7, 3, scenery)[0] != again
+
+
+FakeStep = namedtuple('FakeStep', 'observation reward last')
+
+
+class FakeEnv:
+    """Counts: the observation is the step, the reward 10 times the action; `length` steps."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def reset(self, episode_seed):
+        self.now = episode_seed
+        return FakeStep(0, None, lambda: False)
+
+    def step(self, action):
+        self.now += 1
+        self.length -= 1
+        return FakeStep(self.now, 10 * action, lambda: self.length == 0)
+
+
+class FakeAgent:
+    def act(self, obs, step, eval_mode):
+        assert eval_mode
+        return obs + 1
+
+
+class FakeCamera:
+    def __init__(self, env):
+        self.env, self.seen = env, []
+
+    def render(self, look):
+        self.seen.append(look)
+        return np.full((2, 2, 3), self.env.now + look[0], np.uint8)
+
+
+def test_film_with_one_camera_for_each_context():
+    env = FakeEnv(length=3)  # may end with the clip, not before
+    cameras = [FakeCamera(env), FakeCamera(env)]
+    frames, rewards = script.film(env, FakeAgent(), cameras, 3, 5, np.array([[0.0], [100.0]]))
+    assert frames[:, :, 0, 0, 0].tolist() == [[5, 6, 7, 8], [105, 106, 107, 108]]
+    assert frames.shape == (2, 4, 2, 2, 3) and frames.dtype == np.uint8
+    assert rewards == [10.0, 70.0, 80.0]  # actions are 0 + 1, 6 + 1, 7 + 1
+    for camera in cameras:  # the very same object, so that textures are uploaded once
+        assert all(look is camera.seen[0] for look in camera.seen)
+
+
+def test_film_of_an_episode_that_ends_too_early():
+    env = FakeEnv(length=2)
+    with pytest.raises(utils.UserError, match='ends after 2 steps: set episode_len=2 or less'):
+        script.film(env, FakeAgent(), [FakeCamera(env)], 3, 0, np.zeros((1, 1)))
+
+
+@pytest.mark.parametrize('override, sentence', [
+    ('seed=2', 'made with seed=1, not 2: rm -r .*train'),
+    ('im_size=64', 'made with im_size=32, not 64'),
+    ('scenery.sky.enabled=false', 'made with scenery.sky.enabled=True, not False')])
+def test_other_settings_in_the_same_folder(dataset, snapshot, override, sentence):
+    before = contents(dataset)
+    with pytest.raises(utils.UserError, match=sentence):
+        script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', override))
+    assert contents(dataset) == before
+
+
+def test_episodes_without_their_settings(dataset, snapshot, tmp_path):
+    shutil.copytree(dataset / 'valid', tmp_path / 'valid')
+    (tmp_path / 'valid' / 'meta.json').unlink()
+    with pytest.raises(utils.UserError, match='valid holds episodes but no meta.json'):
+        script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}'))
+
+
+@pytest.mark.parametrize('override, sentence', [
+    ('snapshot=none.pt', 'no expert at none.pt: python train.py task=reacher_easy'),
+    ('task=reacher_hard', 'for task reacher_easy, not reacher_hard'),
+    ('num_train=0', 'num_train=0'), ('num_valid=0', 'num_valid=0'),
+    ('num_contexts=0', 'num_contexts=0'), ('episode_len=1', 'episode_len=1'),
+    ('num_workers=0', 'num_workers=0'),
+    ('num_train=1_000_000_000', 'GiB are free: set num_train')])
+def test_bad_settings_write_nothing(snapshot, tmp_path, override, sentence):
+    out_dir = tmp_path / 'videos'
+    with pytest.raises(utils.UserError, match=sentence):
+        script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', override))
+    assert not out_dir.exists()
+
+
+def children(pid):
+    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGKILL])
+def test_interrupted(snapshot, tmp_path, sig):
+    process = subprocess.Popen(
+        [sys.executable, REPO / 'generate_expert_video.py', *SIZES, 'num_train=400',
+         'num_workers=2', f'snapshot={snapshot}', f'out_dir={tmp_path / "videos"}'],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list(tmp_path.glob('videos/train/*.json'))[1:])
+    workers = children(process.pid)
+    process.send_signal(sig)
+    _, error = process.communicate(timeout=60)
+    wait_until(lambda: not any(Path(f'/proc/{pid}').exists() for pid in workers))
+    clips = video.Clips(tmp_path / 'videos' / 'train')  # reads every header
+    assert 1 <= len(clips) < 400
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['videos']
+    if sig == signal.SIGINT:
+        assert process.returncode == 1 and 'the same command goes on' in error
+        assert 'Traceback' not in error and not list(tmp_path.rglob('.tmp-*'))
+    assert json.loads((clips.root / 'meta.json').read_text())['episode_len'] == 5
+    assert len(workers) >= 2 and os.getpid() not in workers

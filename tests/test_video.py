@@ -1,0 +1,173 @@
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+import utils
+import video
+
+
+class FakeEnv:
+    """Its n-th frame is n everywhere."""
+
+    def __init__(self):
+        self.rendered = 0
+
+    def render(self, im_size):
+        self.rendered += 1
+        return np.full((im_size, im_size, 3), self.rendered - 1, np.uint8)
+
+
+def make_dataset(root, num=3, **changes):
+    """Episodes of 4 steps in 2 contexts; the frames of episode i are all i."""
+    meta = {'format': utils.FORMAT, 'task': 'reacher_hard', 'split': 'train', 'im_size': 8,
+            'episode_len': 4, 'num_contexts': 2, **changes}
+    video.write_json(root / 'meta.json', meta)
+    for i in range(num):
+        video.write_episode(root, i, np.full((2, 5, 8, 8, 3), i, np.uint8), {'expert_return': i})
+    return root
+
+
+def test_mp4_has_every_frame_in_its_place(tmp_path):
+    clip = np.repeat(np.linspace(0, 250, 7).astype(np.uint8), 31 * 45 * 3).reshape(7, 31, 45, 3)
+    path = tmp_path / 'new' / 'clip.mp4'
+    video.save(path, clip, fps=10)
+    read = iio.imread(path)
+    assert read.shape == (7, 32, 46, 3)  # odd edges repeated, nothing rescaled
+    assert np.abs(read.mean(axis=(1, 2, 3)) - clip.mean(axis=(1, 2, 3))).max() < 3
+    properties = iio.immeta(path)
+    assert properties['fps'] == 10 and properties['pix_fmt'].startswith('yuv420p')
+    assert [file.name for file in path.parent.iterdir()] == ['clip.mp4']
+
+
+def test_gif_has_every_frame(tmp_path):
+    clip = np.zeros((3, 9, 9, 3), np.uint8)
+    clip[1:, :, :, 0], clip[2, :, :, 1] = 255, 255
+    video.save(tmp_path / 'clip.gif', clip, fps=20)
+    assert np.array_equal(iio.imread(tmp_path / 'clip.gif')[..., :3], clip)
+
+
+@pytest.mark.parametrize('name, shape, dtype', [
+    ('clip.avi', (2, 4, 4, 3), np.uint8), ('clip.mp4', (2, 3, 4, 4), np.uint8),
+    ('clip.mp4', (2, 4, 4, 3), np.float32), ('clip.gif', (0, 4, 4, 3), np.uint8)])
+def test_save_refuses_what_is_no_clip(tmp_path, name, shape, dtype):
+    with pytest.raises(ValueError):
+        video.save(tmp_path / name, np.zeros(shape, dtype))
+    assert not list(tmp_path.iterdir())
+
+
+def test_side_by_side():
+    short = np.arange(2, dtype=np.uint8).repeat(64 * 64 * 3).reshape(2, 64, 64, 3) + 10
+    low = np.full((5, 4, 6, 3), 200, np.uint8)
+    low[:, 0, 0] = 7
+    film = video.side_by_side([short, low], ['expert', 'translation'])
+    # 64 -> x4; min(4, 6) -> x64; both are 256 high.
+    assert film.shape == (5, video.CAPTION + 256, 256 + 6 * 64, 3) and film.dtype == np.uint8
+    assert [film[t, -1, 0, 0] for t in range(5)] == [10, 11, 11, 11, 11]  # stands still
+    panel = film[:, video.CAPTION:, 256:]
+    assert (panel[:, :64, :64] == 7).all() and (panel[:, 64:] == 200).all()
+    caption = film[:, :video.CAPTION]
+    assert caption[:, :, :256].any() and caption[:, :, 256:].any()
+    assert (caption == caption[0]).all()
+
+
+def test_side_by_side_fills_lower_panels_and_shrinks_captions():
+    tall, flat = np.full((1, 8, 4, 3), 50, np.uint8), np.full((1, 4, 40, 3), 60, np.uint8)
+    film = video.side_by_side([tall, flat], ['a very long caption', ''], scale=10)[0]
+    assert film.shape == (video.CAPTION + 80, 40 + 400, 3)
+    assert (film[video.CAPTION:video.CAPTION + 40, 40:] == 60).all()
+    assert not film[video.CAPTION + 40:, 40:].any()
+    assert film[:video.CAPTION, :40].any() and not film[:video.CAPTION, 40:].any()
+
+
+def test_side_by_side_needs_a_label_for_each_clip():
+    with pytest.raises(ValueError):
+        video.side_by_side([np.zeros((1, 4, 4, 3), np.uint8)], ['one', 'two'])
+
+
+def test_recorder(tmp_path):
+    env, recorder = FakeEnv(), video.VideoRecorder(tmp_path, im_size=16)
+    for _ in range(2):  # the second episode begins anew
+        recorder.init(env)
+        recorder.record(env)
+        recorder.record(env)
+    recorder.save('12.mp4')
+    assert len(iio.imread(tmp_path / 'eval_video' / '12.mp4')) == 3
+    recorder.init(env, enabled=False)
+    recorder.record(env)
+    recorder.save('13.mp4')
+    assert env.rendered == 6 and not (tmp_path / 'eval_video' / '13.mp4').exists()
+
+
+def test_recorder_without_a_folder_films_nothing():
+    env, recorder = FakeEnv(), video.VideoRecorder(None)
+    recorder.init(env)
+    recorder.save('12.mp4')
+    assert env.rendered == 0
+
+
+def test_clips_read_back(tmp_path):
+    clips = video.Clips(make_dataset(tmp_path), task='reacher_hard', im_size=8, min_clips=3,
+                        min_len=4)
+    assert len(clips) == 3 and clips.meta['num_contexts'] == 2
+    for i in range(3):
+        frames = clips.frames(i)
+        assert isinstance(frames, np.memmap) and not frames.flags.writeable
+        assert frames.shape == (2, 5, 8, 8, 3) and frames.dtype == np.uint8 and (frames == i).all()
+        assert clips.episode(i) == {'index': i, 'expert_return': i}
+
+
+def test_half_written_episodes_are_not_there(tmp_path):
+    make_dataset(tmp_path)
+    (tmp_path / 'episode_00001.json').unlink()  # killed between the frames and the json
+    (tmp_path / '.tmp-episode_00003.npy').write_bytes(b'cut')
+    clips = video.Clips(tmp_path)
+    assert [clips.episode(i)['index'] for i in range(len(clips))] == [0, 2]
+    assert (clips.frames(1) == 2).all()
+
+
+@pytest.mark.parametrize('wanted, sentence', [
+    ({'task': 'finger_spin'}, 'holds videos of reacher_hard, not finger_spin.*task=finger_spin'),
+    ({'im_size': 64}, 'images of 8 pixels, not 64: set im_size=8.*im_size=64'),
+    ({'min_len': 5}, 'clips of 4 steps, fewer than 5.*episode_len=5'),
+    ({'min_clips': 4}, 'holds 3 clips, fewer than 4.*task=reacher_hard num_train=4')])
+def test_clips_of_the_wrong_kind(tmp_path, wanted, sentence):
+    with pytest.raises(utils.UserError, match=sentence):
+        video.Clips(make_dataset(tmp_path), **wanted)
+
+
+def test_clips_missing_or_of_another_format(tmp_path):
+    with pytest.raises(utils.UserError, match='generate_expert_video.py task=reacher_easy'):
+        video.Clips(tmp_path / 'train', task='reacher_easy')
+    make_dataset(tmp_path, format=utils.FORMAT + 1)
+    with pytest.raises(utils.UserError, match=f'format {utils.FORMAT + 1}'):
+        video.Clips(tmp_path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def as_float(path):
+    np.save(path, np.zeros((2, 5, 8, 8, 3), np.float32))
+
+
+def as_shorter(path):
+    np.save(path, np.zeros((2, 4, 8, 8, 3), np.uint8))
+
+
+def as_pickle(path):
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize('name, damage', [
+    ('episode_00001.npy', truncate), ('episode_00001.npy', as_float),
+    ('episode_00001.npy', as_shorter), ('episode_00001.npy', as_pickle),
+    ('episode_00001.npy', lambda path: path.write_bytes(b'')),
+    ('episode_00001.npy', lambda path: path.unlink()),
+    ('episode_00001.json', lambda path: path.write_text('{"index": ')),
+    ('meta.json', lambda path: path.write_bytes(b'\xff'))])
+def test_a_damaged_file_is_named(tmp_path, name, damage):
+    make_dataset(tmp_path)
+    damage(tmp_path / name)
+    with pytest.raises(utils.UserError, match=f'{name} is damaged: delete .*run python generate'):
+        video.Clips(tmp_path)

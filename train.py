@@ -1,0 +1,198 @@
+"""Train an expert with DrQ-v2: python train.py task=reacher_hard [obs=states]
+
+`Workspace` is the project's only RL loop: act, step, store, update, log, evaluate, snapshot and
+resume. The imitator (train_ac.py) runs in it as well.
+"""
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+import dmc
+import utils
+from drqv2 import DrQV2Agent
+from logger import Logger
+from replay_buffer import ReplayBuffer
+from utils import UserError
+from video import VideoRecorder
+
+TRAIN, EVAL = 0, 1  # streams of episode seeds
+
+
+class Workspace:
+    """One run in one folder, which goes on from its last snapshot when started again there."""
+
+    def __init__(self, cfg, work_dir: Path, kind: str, train_env, eval_env, agent_class,
+                 agent_args: dict, made_by: dict):
+        """
+        Args:
+          kind: what its snapshots hold, 'expert' or 'imitator'.
+          agent_args: constructor arguments of `agent_class` but for the device; kept in the
+            snapshot, so that the agent can be made again from that alone.
+          made_by: plain values to keep in the snapshot: where inputs came from.
+        """
+        utils.require_at_least(cfg, 1, 'num_train_frames', 'batch_size', 'nstep', 'action_repeat',
+                               'num_eval_episodes', 'replay_buffer_size', 'snapshot_every_frames')
+        self.cfg, self.work_dir, self.kind = cfg, work_dir, kind
+        self.train_env, self.eval_env = train_env, eval_env
+        self.agent_args, self.made_by = agent_args, made_by
+        self.snapshot_path = work_dir / 'snapshot.pt'
+        self.global_step = self.global_episode = 0
+
+        device = utils.pick_device(cfg.device)
+        utils.set_seed_everywhere(cfg.seed)
+        self.agent = agent_class(**agent_args, device=device)
+        self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
+        snapshot_steps = cfg.snapshot_every_frames // cfg.action_repeat
+        obs_shape = train_env.observation_spec().shape
+        self.replay_buffer = ReplayBuffer(
+            work_dir / 'buffer', train_env.observation_spec(), train_env.action_spec(),
+            capacity=min(cfg.replay_buffer_size, self.num_train_steps + 2000), nstep=cfg.nstep,
+            discount=cfg.discount, frame_stack=cfg.frame_stack if len(obs_shape) == 3 else 1,
+            slack=snapshot_steps + 2000, seed=cfg.seed, device=device)
+        self.elapsed, self.last_eval_step = 0.0, None
+        if utils.snapshot_exists(self.snapshot_path):
+            self.load_snapshot()
+        self.timer = utils.Timer(self.elapsed)
+        self.logger = Logger(work_dir, total=cfg.num_train_frames, resume_step=self.global_frame,
+                             use_tb=cfg.use_tb)
+        self.video = VideoRecorder(work_dir if cfg.save_video else None, cfg.video_size)
+
+    @property
+    def global_frame(self) -> int:
+        return self.global_step * self.cfg.action_repeat
+
+    def train(self):
+        cfg = self.cfg
+        train_until_step = utils.Until(cfg.num_train_frames, cfg.action_repeat)
+        seed_until_step = utils.Until(cfg.num_seed_frames, cfg.action_repeat)
+        every = [utils.Every(frames, cfg.action_repeat, self.global_step) for frames in
+                 (cfg.log_every_frames, cfg.eval_every_frames, cfg.snapshot_every_frames)]
+        if self.global_step == 0:
+            self.eval()
+        if train_until_step(self.global_step):
+            time_step = self.start_episode()
+
+        while train_until_step(self.global_step):
+            # sample an action
+            with utils.eval_mode(self.agent.encoder, self.agent.actor):
+                action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
+            # try to update the agent
+            if not seed_until_step(self.global_step) and len(self.replay_buffer):
+                metrics = self.agent.update(self.replay_buffer, cfg.batch_size, self.global_step)
+                self.logger.log_metrics(metrics, self.global_frame)
+            # take a step in the environment, and remember it
+            time_step = self.train_env.step(action)
+            self.episode_reward += time_step.reward
+            self.episode_step += 1
+            self.global_step += 1
+            self.replay_buffer.add(time_step, action)
+
+            if time_step.last():
+                # Logging, evaluation and snapshots all fall between two episodes: a resumed run
+                # need not restore one that is half played.
+                self.global_episode += 1
+                log_now, eval_now, snapshot_now = [check(self.global_step) for check in every]
+                if log_now:
+                    self.log_episode()
+                if eval_now:
+                    self.eval()
+                if snapshot_now:
+                    self.save_snapshot()
+                time_step = self.start_episode()
+        self.finish()
+
+    def start_episode(self):
+        self.episode_reward, self.episode_step = 0.0, 0
+        self.timer.reset()
+        time_step = self.train_env.reset(
+            episode_seed=utils.derive_seed(self.cfg.seed, TRAIN, self.global_episode))
+        self.replay_buffer.add(time_step)
+        return time_step
+
+    def log_episode(self):
+        self.logger.log_metrics({
+            'fps': self.episode_step * self.cfg.action_repeat / self.timer.reset(),
+            'episode_reward': self.episode_reward, 'episode_length': self.episode_step,
+            'episode': self.global_episode, 'step': self.global_step,
+            'buffer_size': len(self.replay_buffer), 'total_time': self.timer.total(),
+            **self.train_env.episode_info}, self.global_frame, 'train')
+        self.logger.dump(self.global_frame, 'train')
+
+    def eval(self) -> dict[str, float]:
+        """The mean over episodes whose seeds are the same at every evaluation."""
+        for episode in range(self.cfg.num_eval_episodes):
+            time_step = self.eval_env.reset(
+                episode_seed=utils.derive_seed(self.cfg.seed, EVAL, episode))
+            self.video.init(self.eval_env, enabled=episode == 0)
+            episode_reward = 0.0
+            while not time_step.last():
+                with utils.eval_mode(self.agent.encoder, self.agent.actor):
+                    action = self.agent.act(time_step.observation, self.global_step,
+                                            eval_mode=True)
+                time_step = self.eval_env.step(action)
+                self.video.record(self.eval_env)
+                episode_reward += time_step.reward
+            self.video.save(f'{self.global_frame}.mp4')
+            self.logger.log_metrics({'episode_reward': episode_reward,
+                                     **self.eval_env.episode_info}, self.global_frame, 'eval')
+        self.logger.log_metrics({'total_time': self.timer.total()}, self.global_frame, 'eval')
+        self.last_eval_step = self.global_step
+        return self.logger.dump(self.global_frame, 'eval')
+
+    def finish(self):
+        """The last evaluation and snapshot; the replay buffer has served."""
+        if self.last_eval_step != self.global_step:
+            self.eval()
+        self.save_snapshot()
+        self.replay_buffer.remove()
+        self.logger.close()
+
+    def save_snapshot(self):
+        utils.save_snapshot(self.snapshot_path, self.kind, self.cfg.task_name, {
+            'agent_args': self.agent_args, 'agent': self.agent.state_dict(),
+            'made_by': self.made_by, 'replay_buffer': self.replay_buffer.state_dict(),
+            'global_step': self.global_step, 'global_episode': self.global_episode,
+            'elapsed': self.timer.total(), 'rng': utils.get_rng_states()})
+
+    def load_snapshot(self):
+        state = utils.load_snapshot(self.snapshot_path, self.kind, self.cfg.task_name,
+                                    remedy='start a new run')
+        if state['agent_args'] != self.agent_args:
+            differs = [key for key in self.agent_args
+                       if state['agent_args'].get(key) != self.agent_args[key]]
+            raise UserError(f"the run in {self.work_dir} was started with another "
+                            f"{', '.join(differs)}: resume it with the same options, or start a "
+                            'new run.')
+        self.agent.load_state_dict(state['agent'])
+        self.replay_buffer.load_state_dict(state['replay_buffer'])
+        self.global_step, self.global_episode = state['global_step'], state['global_episode']
+        self.elapsed = state['elapsed']
+        utils.set_rng_states(state['rng'])
+
+
+def env_args(cfg) -> dict:
+    """Of `dmc.make`, kept in the snapshot: who loads the expert sees what it saw."""
+    return dict(obs=cfg.obs, action_repeat=cfg.action_repeat, frame_stack=cfg.frame_stack,
+                im_size=cfg.im_size)
+
+
+@utils.main('train')
+def main(cfg):
+    work_dir = utils.work_dir()
+    train_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
+    eval_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
+    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True),
+                      obs_shape=list(train_env.observation_spec().shape),
+                      action_dim=train_env.action_spec().shape[0])
+    made_by = {'seed': cfg.seed, 'env_args': env_args(cfg)}
+    workspace = Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent, agent_args,
+                          made_by)
+    workspace.train()
+    print(f'snapshot: {workspace.snapshot_path}\n'
+          f'to film it: python utils.py slim {workspace.snapshot_path} '
+          f'experts/{cfg.task_name}.pt && '
+          f'python generate_expert_video.py task={cfg.task_name}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,160 @@
+"""Train the imitator on translated videos: python train_ac.py task=reacher_hard
+
+The loop is train.py's `Workspace`; here stands what it is given: demonstrations, the translator,
+the imitation environment and the `ACAgent`.
+"""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+import dmc
+import utils
+import video
+from ac_agent import ACAgent
+from ct_model import ContextTranslator
+from train import Workspace
+from utils import UserError
+
+
+class DemoTranslator:
+    """A context translator at work on demonstrations: each is encoded once, when first drawn.
+
+    Features leave with zero mean and unit variance over the demonstrations, so that neither the
+    reward nor the agent depends on the scale at which a translator happened to settle.
+    """
+
+    def __init__(self, model: ContextTranslator, clips: video.Clips, device: torch.device,
+                 stats: dict | None = None):
+        """`stats`: of another DemoTranslator, for features and rewards on the same scale."""
+        self.model, self._clips, self._device, self._encoded = model, clips, device, {}
+        self.z_dim = model.z_dim
+        self.stats = stats or self._measure(range(min(len(clips), 50)))
+        self.image_var = self.stats['image_var']
+
+    @torch.no_grad()
+    def _measure(self, episodes) -> dict:
+        z = torch.cat([self._features(i).flatten(0, 1) for i in episodes])
+        motion = [np.mean(np.var(self._clips.frames(i)[0] / 255.0, axis=0)) for i in episodes]
+        return {'mean': z.mean(0), 'scale': z.var(0).mean().sqrt().clamp(min=1e-6),
+                'image_var': float(np.mean(motion))}
+
+    @torch.no_grad()
+    def _features(self, i: int) -> torch.Tensor:
+        """-> (C, T+1, Z), as the translator takes them."""
+        if i not in self._encoded:
+            frames = torch.from_numpy(np.array(self._clips.frames(i))).to(self._device)
+            self._encoded[i] = self.model.encode(frames)
+        return self._encoded[i]
+
+    def _normalised(self, z: torch.Tensor) -> np.ndarray:
+        return ((z - self.stats['mean']) / self.stats['scale']).float().cpu().numpy()
+
+    @torch.no_grad()
+    def encode(self, frame: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3) -> float32 (Z,)."""
+        return self._normalised(self.model.encode(torch.from_numpy(frame).to(self._device)[None])[0])
+
+    @torch.no_grad()
+    def translate(self, i: int, sources: list[int], first: np.ndarray
+                  ) -> tuple[np.ndarray, np.ndarray]:
+        """Demonstration i as it would look from `first` on: the mean over its source contexts.
+
+        Args:
+          first: uint8 (H, W, 3), the agent's first image.
+
+        Returns: features float32 (T+1, Z) and images uint8 (T+1, H, W, 3).
+        """
+        z1 = self._features(i)[sources]                                           # (n, T+1, Z)
+        context = self.model.context(torch.from_numpy(first).to(self._device)[None])
+        z3 = self.model.translate(z1.flatten(0, 1)[None], context)                # (1, n(T+1), Z)
+        images = self.model.decode(z3, context)[0]                                # (n(T+1), 3, H, W)
+        images = images.float().unflatten(0, z1.shape[:2]).mean(0)
+        images = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return self._normalised(z3[0].unflatten(0, z1.shape[:2]).mean(0)), images.cpu().numpy()
+
+
+def film_demonstrations(cfg):
+    """Let the expert film what is to be imitated."""
+    command = [sys.executable, str(Path(__file__).parent / 'generate_expert_video.py'),
+               f'task={cfg.task_name}', f'snapshot={cfg.expert}', f'out_dir={cfg.data_dir}',
+               f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}']
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(code)
+
+
+def report(workspace: Workspace, env: dmc.Imitation, num_videos: int = 5) -> str:
+    """Write report.md and demo.mp4 into the run's folder: what came of it, to read and to see."""
+    result = workspace.eval()
+    clips = []
+    for episode in range(num_videos):
+        time_step = env.reset(episode_seed=utils.derive_seed(workspace.cfg.seed, 1, episode))
+        clips.append([env.panels(64)])
+        while not time_step.last():
+            action = workspace.agent.act(time_step.observation, workspace.global_step, True)
+            time_step = env.step(action)
+            clips[-1].append(env.panels(64))
+    frames = [panels for clip in clips for panels in [*clip, *[clip[-1]] * 10]]
+    path = workspace.work_dir / 'demo.mp4'
+    video.save(path, video.side_by_side([np.stack([panels[label] for panels in frames])
+                                         for label in frames[0]], list(frames[0])))
+    span = result['expert_return'] - result['random_return']
+    score = (result['task_return'] - result['random_return']) / span if span else float('nan')
+    text = (f"| {workspace.cfg.task_name}, held-out episodes and contexts | |\n|---|---|\n"
+            f"| return, random | {result['random_return']:.1f} |\n"
+            f"| return, imitator | {result['task_return']:.1f} |\n"
+            f"| return, expert | {result['expert_return']:.1f} |\n"
+            f"| (imitator - random) / (expert - random) | {score:.2f} |\n"
+            f"| PSNR of the translation | {result['psnr_translation']:.1f} dB |\n"
+            f"| PSNR of copying the first frame | {result['psnr_copy_first']:.1f} dB |\n")
+    with utils.atomic_write(workspace.work_dir / 'report.md') as tmp:
+        tmp.write_text(text)
+    return f'\n{text}\nvideo: {path}\ntable: {workspace.work_dir / "report.md"}'
+
+
+def make_env(cfg, clips: video.Clips, translator: DemoTranslator, evaluate: bool) -> dmc.Imitation:
+    meta = clips.meta
+    env = dmc.ActionRepeat(dmc.load_suite(cfg.task_name, meta['scenery']), meta['action_repeat'])
+    return dmc.Imitation(env, clips, translator, meta['im_size'], cfg.num_frames,
+                         list(cfg.lookahead), cfg.time_power, cfg.w_feature, cfg.w_img, evaluate)
+
+
+@utils.main('train_ac')
+def main(cfg):
+    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames')
+    device = utils.pick_device(cfg.device)
+    made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name,
+                               remedy=f'python train_ct.py task={cfg.task_name}')
+    model = ContextTranslator(**made['model_args'])
+    model.load_state_dict(made['model'])
+    model.to(device).eval()
+    root = Path(cfg.data_dir)
+    if not (root / 'train/meta.json').exists():
+        film_demonstrations(cfg)
+    im_size = made['model_args']['im_size']
+    train_clips = video.Clips(root / 'train', cfg.task_name, im_size, max_clips=cfg.num_demos)
+    valid_clips = video.Clips(root / 'valid', cfg.task_name, im_size, max_clips=cfg.num_eval_demos)
+    if train_clips.meta['num_contexts'] < 2:
+        raise UserError(f'{root} shows each episode in one context only; one more is needed for '
+                        f'the agent: python generate_expert_video.py task={cfg.task_name} '
+                        'num_contexts=4 out_dir=<another folder>.')
+    translator = DemoTranslator(model, train_clips, device)
+    train_env = make_env(cfg, train_clips, translator, evaluate=False)
+    eval_env = make_env(cfg, valid_clips, DemoTranslator(model, valid_clips, device,
+                                                         translator.stats), evaluate=True)
+    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True), z_dim=model.z_dim,
+                      obs_shape=list(train_env.observation_spec().shape),
+                      action_dim=train_env.action_spec().shape[0])
+    made_by = {'seed': cfg.seed, 'translator_sha256': utils.sha256(cfg.snapshot),
+               'expert_sha256': train_clips.meta['expert_sha256']}
+    workspace = Workspace(cfg, utils.work_dir(), 'imitator', train_env, eval_env, ACAgent,
+                          agent_args, made_by)
+    workspace.train()
+    print(f'snapshot: {workspace.snapshot_path}', report(workspace, eval_env), sep='\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,292 @@
+"""What every script shares: errors, seeding, schedules, timing, snapshots."""
+import contextlib
+import difflib
+import functools
+import hashlib
+import importlib.metadata
+import os
+import pickle
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+
+FORMAT = 1  # of snapshots and datasets; raised when an older reader would misread them
+
+
+class UserError(Exception):
+    """Bad input: one sentence that says what is wrong, where, and how to mend it."""
+
+
+def main(config_name: str):
+    """`hydra.main` for the scripts: any suite task by name, and errors in one sentence.
+
+    A `UserError` is printed without a traceback and ends the script with exit code 2.
+    """
+    def decorate(script):
+        @functools.wraps(script)
+        def guarded(cfg):
+            with exit_on_user_error():
+                script(cfg)
+
+        def run():
+            with exit_on_user_error():
+                register_tasks(sys.argv[1:])
+            here = str(Path(__file__).parent / 'cfgs')
+            hydra.main(version_base='1.3', config_path=here, config_name=config_name)(guarded)()
+        return run
+    return decorate
+
+
+@contextlib.contextmanager
+def exit_on_user_error():
+    try:
+        yield
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+def register_tasks(overrides: list[str]):
+    """Make `task=<domain_task>` work for suite tasks that have no file in cfgs/task.
+
+    Raises: UserError for an unknown task, with the nearest names.
+    """
+    import dmc  # here, because it chooses the OpenGL backend while it is imported
+    with_file = {path.stem for path in (Path(__file__).parent / 'cfgs/task').glob('*.yaml')}
+    tasks = set(dmc.task_names())
+    for name in tasks - with_file:
+        ConfigStore.instance().store(group='task', name=name, package='_global_',
+                                     node={'defaults': ['medium'], 'task_name': name})
+    for override in overrides:
+        if override.startswith('task='):
+            for name in override.removeprefix('task=').split(','):
+                if name not in with_file | tasks:
+                    near = difflib.get_close_matches(name, sorted(with_file | tasks), 3, 0.3)
+                    raise UserError(f"unknown task '{name}'; the nearest are {', '.join(near)}. "
+                                    'All are listed by --help.')
+
+
+def work_dir() -> Path:
+    """The run's folder, which Hydra made."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' takes CUDA where there is one; 'cuda' insists on it."""
+    if name not in ('auto', 'cpu', 'cuda'):
+        raise UserError(f"device={name} is none of auto, cpu, cuda: try device=auto.")
+    if name == 'cuda' and not torch.cuda.is_available():
+        raise UserError('device=cuda, but PyTorch sees no CUDA device here: use device=auto.')
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    return torch.device(name)
+
+
+def require_at_least(cfg, minimum: int, *keys: str):
+    """Raises: UserError naming the first of the config's `keys` that lies below `minimum`."""
+    for key in keys:
+        if cfg[key] < minimum:
+            raise UserError(f'{key}={cfg[key]} is below {minimum}: set {key}={minimum} or more.')
+
+
+def set_seed_everywhere(seed: int):
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def derive_seed(*key: int) -> int:
+    """A 32-bit seed that is a pure function of `key`, e.g. (run seed, stream, episode)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+class Until:
+    """True while fewer than `until` frames have passed (`action_repeat` frames a step)."""
+
+    def __init__(self, until: int | None, action_repeat: int = 1):
+        self._until, self._action_repeat = until, action_repeat
+
+    def __call__(self, step: int) -> bool:
+        return self._until is None or step < self._until // self._action_repeat
+
+
+class Every:
+    """True once in every `every` frames, also where checks come at uneven steps."""
+
+    def __init__(self, every: int | None, action_repeat: int = 1, step: int = 0):
+        self._every = max(1, every // action_repeat) if every else None
+        self._last = step // self._every if self._every else 0
+
+    def __call__(self, step: int) -> bool:
+        if self._every is None or step // self._every == self._last:
+            return False
+        self._last = step // self._every
+        return True
+
+
+class Timer:
+    """Seconds since the last reset and in all; `total` goes on over a resume."""
+
+    def __init__(self, total: float = 0.0):
+        self._start = time.monotonic() - total
+        self._last = time.monotonic()
+
+    def reset(self) -> float:
+        elapsed, self._last = time.monotonic() - self._last, time.monotonic()
+        return elapsed
+
+    def total(self) -> float:
+        return time.monotonic() - self._start
+
+
+def schedule(spec: str | float, step: int) -> float:
+    """A number, or 'linear(start,end,duration)' over agent steps, as in DrQ-v2."""
+    try:
+        return float(spec)
+    except ValueError:
+        match = re.fullmatch(r'linear\(([^,]+),([^,]+),([^,]+)\)', str(spec).replace(' ', ''))
+        if not match:
+            raise UserError(f"schedule '{spec}' is neither a number nor "
+                            "'linear(start,end,duration)'.") from None
+        start, end, duration = map(float, match.groups())
+        mix = min(max(step / duration, 0.0), 1.0)
+        return (1.0 - mix) * start + mix * end
+
+
+@contextlib.contextmanager
+def eval_mode(*modules: torch.nn.Module):
+    """Modules in evaluation mode within the block, as they were after it."""
+    before = [module.training for module in modules]
+    for module in modules:
+        module.train(False)
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.train(training)
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages on which pixels, physics and weights depend."""
+    return {name: importlib.metadata.version(name)
+            for name in ('torch', 'mujoco', 'dm_control', 'numpy')}
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path):
+    """Yields a temporary path beside `path`, which takes its place only when the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: writers such as imageio go by it.
+    tmp = path.with_name(f'.tmp-{path.name}')
+    try:
+        yield tmp
+        with open(tmp, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def get_rng_states() -> dict:
+    """Of the generators that agents draw from."""
+    states = {'torch': torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states['cuda'] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_states(states: dict):
+    torch.set_rng_state(states['torch'])
+    if 'cuda' in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states['cuda'])
+
+
+def save_snapshot(path: str | Path, kind: str, task: str, payload: dict):
+    """Write tensors and plain values; the snapshot before stays as `<stem>.prev.pt`.
+
+    Args:
+      kind: what it is a snapshot of: 'expert', 'translator' or 'imitator'.
+      payload: state dicts, constructor arguments, counters, RNG states.
+    """
+    path = Path(path)
+    with atomic_write(path) as tmp:
+        torch.save({'format': FORMAT, 'kind': kind, 'task': task, 'versions': versions(),
+                    **payload}, tmp)
+        if path.exists():
+            os.replace(path, previous(path))
+
+
+def previous(path: Path) -> Path:
+    return path.with_name(f'{path.stem}.prev{path.suffix}')
+
+
+def snapshot_exists(path: Path) -> bool:
+    # A kill between the two renames of `save_snapshot` leaves only the previous one.
+    return path.exists() or previous(path).exists()
+
+
+def load_snapshot(path: str | Path, kind: str, task: str | None = None,
+                  remedy: str = 'train it again') -> dict:
+    """Read a snapshot back onto the CPU, without running any code that it may hold.
+
+    Raises: UserError where it is missing, truncated, pickled code, of another format, kind or
+      task; `remedy` is the command that the sentence recommends.
+    """
+    path = Path(path)
+    found = path if path.exists() else previous(path)
+    if not found.exists():
+        raise UserError(f'there is no {kind} at {path}: {remedy}.')
+    try:
+        payload = torch.load(found, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f'{found} is damaged, or holds code instead of tensors and plain values '
+                        f'({type(error).__name__}): remove it and {remedy}.') from error
+    if not isinstance(payload, dict) or payload.get('format') != FORMAT:
+        raise UserError(f'{found} is not a snapshot of format {FORMAT}: {remedy}.')
+    if payload['kind'] != kind:
+        raise UserError(f"{found} holds a {payload['kind']}, not a {kind}: {remedy}.")
+    if task is not None and payload['task'] != task:
+        raise UserError(f"{found} is for task {payload['task']}, not {task}: {remedy}.")
+    return payload
+
+
+def slim(source: str | Path, target: str | Path):
+    """Copy a snapshot without what only training needs (optimisers, targets, counters).
+
+    This is how `experts/<task>.pt` and `ct/<task>.pt` are made: python utils.py slim IN OUT
+    """
+    try:
+        kind = torch.load(source, map_location='cpu', weights_only=True)['kind']
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise UserError(f'{source} is no readable snapshot ({type(error).__name__}).') from error
+    payload = load_snapshot(source, kind)
+    keep = ('format', 'kind', 'task', 'versions', 'made_by', 'agent_args', 'model_args')
+    slimmed = {key: payload[key] for key in keep if key in payload}
+    if 'agent' in payload:
+        slimmed['agent'] = {key: payload['agent'][key] for key in ('encoder', 'actor')
+                            if key in payload['agent']}
+    if 'model' in payload:
+        slimmed['model'] = payload['model']
+    with atomic_write(target) as tmp:
+        torch.save(slimmed, tmp)
+
+
+if __name__ == '__main__':
+    with exit_on_user_error():
+        if len(sys.argv) != 4 or sys.argv[1] != 'slim':
+            raise UserError('usage: python utils.py slim run/snapshot.pt experts/task.pt')
+        slim(*sys.argv[2:])

@@ -1,0 +1,211 @@
+"""Clips: evaluation videos, side-by-side videos and the demonstration dataset on disk.
+
+A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder for each split:
+
+    videos/<task>/{train,valid}/
+        meta.json           what made every episode in here: task, sizes, seed, expert, versions
+        episode_00012.npy   uint8 (num_contexts, episode_len + 1, H, W, 3): one episode filmed in
+                            every context; frame t is what is seen before action t
+        episode_00012.json  episode_seed, contexts, rewards, expert_return
+        preview_00000.mp4   the first episodes, all contexts side by side: to look at
+
+An episode is there once its json is: the frames are written and renamed first, so a generation
+that is killed leaves nothing that `Clips` would read.
+"""
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import imageio.v3 as iio
+import numpy as np
+
+import utils
+from utils import UserError
+
+PANEL = 256  # pixels; a panel of a side-by-side video is at least this wide and high
+CAPTION = 24  # pixels; the height of the strip above it
+
+
+def save(path: str | Path, frames: np.ndarray, fps: float = 20):
+    """Write a clip, uint8 (T, H, W, 3) of any size, as .mp4 or .gif by the path's suffix.
+
+    Raises: ValueError for another suffix, shape or dtype.
+    """
+    path = Path(path)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
+        raise ValueError(f'a clip is uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}')
+    if path.suffix == '.mp4':
+        # Every browser plays yuv420p, which needs even sizes: imageio would rescale the picture to
+        # get them, so an odd edge is repeated instead.
+        height, width = frames.shape[1:3]
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode='edge')
+        options = {'fps': fps, 'codec': 'libx264', 'pixelformat': 'yuv420p', 'macro_block_size': 1,
+                   'quality': 8, 'output_params': ['-movflags', '+faststart']}
+    elif path.suffix == '.gif':
+        options = {'duration': 1000 / fps, 'loop': 0}
+    else:
+        raise ValueError(f'a video is written as .mp4 or .gif, not as {path}')
+    with utils.atomic_write(path) as tmp:
+        iio.imwrite(tmp, frames, **options)
+
+
+def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str],
+                 scale: int | None = None) -> np.ndarray:
+    """Clips next to each other, each under its caption.
+
+    Args:
+      clips: uint8 (T_k, H_k, W_k, 3) each; a shorter one stands still on its last frame, a lower
+        one is filled up with black.
+      labels: one for each clip; shrunk where it is wider than its panel.
+      scale: whole number by which pixels are enlarged; None: the least that fills PANEL.
+
+    Returns: uint8 (max T_k, CAPTION + max scale * H_k, sum of scale * W_k, 3).
+    """
+    length, panels = max(len(clip) for clip in clips), []
+    for clip, label in zip(clips, labels, strict=True):
+        factor = scale or math.ceil(PANEL / min(clip.shape[1:3]))
+        clip = np.pad(clip, ((0, length - len(clip)), (0, 0), (0, 0), (0, 0)), mode='edge')
+        clip = clip.repeat(factor, axis=1).repeat(factor, axis=2)
+        caption = _caption(label, clip.shape[2])
+        panels.append(np.concatenate([caption[None].repeat(length, axis=0), clip], axis=1))
+    height = max(panel.shape[1] for panel in panels)
+    return np.concatenate([np.pad(panel, ((0, 0), (0, height - panel.shape[1]), (0, 0), (0, 0)))
+                           for panel in panels], axis=2)
+
+
+def _caption(label: str, width: int) -> np.ndarray:
+    """White on black, uint8 (CAPTION, width, 3)."""
+    strip = np.zeros((CAPTION, width, 3), np.uint8)
+    font, size, margin = cv2.FONT_HERSHEY_SIMPLEX, 0.5, 4
+    text_width = cv2.getTextSize(label, font, size, 1)[0][0]
+    size *= min(1.0, (width - 2 * margin) / max(text_width, 1))
+    cv2.putText(strip, label, (margin, CAPTION - 8), font, size, (255, 255, 255), 1, cv2.LINE_AA)
+    return strip
+
+
+class VideoRecorder:
+    """Films an evaluation episode into <work_dir>/eval_video/; `work_dir` None films nothing.
+
+    Frames are `env.render(im_size)`: uint8 (im_size, im_size, 3).
+    """
+
+    def __init__(self, work_dir: str | Path | None, im_size: int = PANEL, fps: float = 20):
+        self._folder = None if work_dir is None else Path(work_dir) / 'eval_video'
+        self._im_size, self._fps = im_size, fps
+        self._enabled, self._frames = False, []
+
+    def init(self, env, enabled: bool = True):
+        """Begin a clip with the frame of the present: call it after `env.reset()`."""
+        self._enabled, self._frames = enabled and self._folder is not None, []
+        self.record(env)
+
+    def record(self, env):
+        if self._enabled:
+            self._frames.append(env.render(self._im_size))
+
+    def save(self, file_name: str):
+        if self._enabled:
+            save(self._folder / file_name, np.stack(self._frames), self._fps)
+
+
+def frames_path(root: str | Path, i: int) -> Path:
+    """Where the frames of episode i lie; what is known of it lies beside them, in a json."""
+    return Path(root) / f'episode_{i:05d}.npy'
+
+
+def write_episode(root: str | Path, i: int, frames: np.ndarray, info: dict):
+    """Add episode i to a split's folder; a kill at any moment leaves it whole or absent.
+
+    Args:
+      frames: uint8 (num_contexts, episode_len + 1, H, W, 3).
+      info: numbers, strings, lists and dicts, for the json.
+    """
+    path = frames_path(root, i)
+    with utils.atomic_write(path) as tmp:
+        np.save(tmp, frames, allow_pickle=False)
+    write_json(path.with_suffix('.json'), {'index': i, **info})
+
+
+def write_json(path: Path, values: dict):
+    with utils.atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(values) + '\n')
+
+
+def read_json(path: Path) -> dict:
+    """Raises: UserError where the file is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(path) from error
+
+
+class Clips:
+    """A split of a demonstration dataset: checked when opened, its frames read lazily.
+
+    Args:
+      root: the split's folder, e.g. videos/reacher_hard/train.
+      task, im_size: what the videos must be of; None takes any.
+      min_clips: the least number of episodes that must be there.
+      min_len: the least number of steps (frames after the first) of a clip.
+
+    Raises: UserError where something is missing, damaged, of another task, size or format, too few
+      or too short; the sentence has the folder or file and the command that mends it.
+    """
+
+    def __init__(self, root: str | Path, task: str | None = None, im_size: int | None = None,
+                 min_clips: int = 1, min_len: int = 1):
+        self.root = Path(root)
+        command = f"python generate_expert_video.py task={task or '<task>'}"
+        if not (self.root / 'meta.json').exists():
+            raise UserError(f'there are no demonstration videos in {self.root}: {command}.')
+        self.meta = meta = read_json(self.root / 'meta.json')
+        if meta.get('format') != utils.FORMAT:
+            raise UserError(f"{self.root} holds videos of format {meta.get('format')}, not "
+                            f'{utils.FORMAT}: remove it and {command}.')
+        if task is not None and meta['task'] != task:
+            raise UserError(f"{self.root} holds videos of {meta['task']}, not {task}: {command}.")
+        command = f"python generate_expert_video.py task={meta['task']}"
+        if im_size is not None and meta['im_size'] != im_size:
+            raise UserError(f"{self.root} holds images of {meta['im_size']} pixels, not {im_size}: "
+                            f"set im_size={meta['im_size']}, or remove the folder and {command} "
+                            f'im_size={im_size}.')
+        if meta['episode_len'] < min_len:
+            raise UserError(f"{self.root} holds clips of {meta['episode_len']} steps, fewer than "
+                            f'{min_len}: remove it and {command} episode_len={min_len}.')
+        self._paths = sorted(path.with_suffix('.npy') for path in self.root.glob('episode_*.json'))
+        if len(self) < min_clips:
+            raise UserError(f'{self.root} holds {len(self)} clips, fewer than {min_clips}: '
+                            f"{command} num_{meta['split']}={min_clips}.")
+        size = meta['im_size']
+        self._shape = (meta['num_contexts'], meta['episode_len'] + 1, size, size, 3)
+        self._episodes = [read_json(path.with_suffix('.json')) for path in self._paths]
+        for i in range(len(self)):  # reads the headers and compares the files' sizes with them
+            self.frames(i)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def frames(self, i: int) -> np.ndarray:
+        """-> uint8 (num_contexts, episode_len + 1, H, W, 3), a read-only memory map.
+
+        Mapped anew each time (50 us): a map keeps its file open, and 1,000 is a usual limit.
+        """
+        path = self._paths[i]
+        try:
+            frames = np.lib.format.open_memmap(path, mode='r')
+        except (OSError, ValueError) as error:  # missing, or shorter than its header says
+            raise _damaged(path) from error
+        if frames.shape != self._shape or frames.dtype != np.uint8:
+            raise _damaged(path)
+        return frames
+
+    def episode(self, i: int) -> dict:
+        """What is known of episode i: index, episode_seed, contexts, rewards, expert_return."""
+        return self._episodes[i]
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: delete {path.with_suffix('.*')} and run python "
+                     'generate_expert_video.py again.')
