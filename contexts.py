@@ -11,7 +11,7 @@ no physics, and nothing has to be known of a task's XML.
 import colorsys
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import mujoco
@@ -34,6 +34,8 @@ FACTORS: dict[str, tuple[int, tuple[str, ...]]] = {
     'distractors': (3 + MAX_DISTRACTORS * DISTRACTOR_SLOTS,
                     ('count', 'size', 'saturation', 'value')),
 }
+LIMITS = {'saturation': (0, 1), 'value': (0, 1), 'contrast': (0, 1), 'tint': (0, 1),
+          'count': (0, MAX_DISTRACTORS)}
 _ENDS = np.cumsum([size for size, _ in FACTORS.values()]).tolist()
 SLOTS = {name: slice(end - FACTORS[name][0], end)
          for name, end in zip(FACTORS, _ENDS, strict=True)}
@@ -58,6 +60,9 @@ def enabled(scenery: Mapping[str, Any]) -> list[str]:
     for name, factor in scenery.items():
         if name not in FACTORS:
             raise UserError(f'scenery.{name} is unknown: take one of {", ".join(FACTORS)}.')
+        if not isinstance(factor, Mapping):
+            raise UserError(f'scenery.{name}={factor} is no factor with ranges: the switch is '
+                            f'scenery.{name}.enabled=false.')
         for key in factor:
             if key not in ('enabled', *FACTORS[name][1]):
                 raise UserError(f'scenery.{name}.{key} is unknown: take one of enabled, '
@@ -65,13 +70,13 @@ def enabled(scenery: Mapping[str, Any]) -> list[str]:
     names = [name for name in FACTORS if name in scenery and scenery[name].get('enabled')]
     for name in names:
         for key in FACTORS[name][1]:
-            span = scenery[name].get(key)
-            if span is None or len(span) != 2 or span[0] > span[1]:
-                raise UserError(f'scenery.{name}.{key}={span} is no range: set it to [low,high].')
+            span, (least, most) = scenery[name].get(key), LIMITS.get(key, (-np.inf, np.inf))
+            if not isinstance(span, Sequence) or isinstance(span, str) or len(span) != 2 or not (
+                    least <= span[0] <= span[1] <= most):
+                raise UserError(f'scenery.{name}.{key}={span} is no range within [{least}, {most}]:'
+                                f' set scenery.{name}.{key}=[low,high].')
     if not names:
         raise UserError('every factor of scenery is off: set scenery.body.enabled=true.')
-    if 'distractors' in names and scenery['distractors']['count'][1] > MAX_DISTRACTORS:
-        raise UserError(f'scenery.distractors.count ends above {MAX_DISTRACTORS}: lower it.')
     return names
 
 
@@ -103,12 +108,13 @@ def prepare(env, scenery: Mapping[str, Any], camera_id: int) -> 'Painter':
     return Painter(env.physics.model.ptr, scenery, camera_id)
 
 
-class Distractors(NamedTuple):
-    """n shapes, in the world, for the camera at its first place; metres."""
-    shapes: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]  # type, size, frame, rgba
-    positions: np.ndarray  # (n, 3)
-    sideways: np.ndarray  # (n,): from the camera, to its right
-    periods: np.ndarray  # (n,)
+class Distractor(NamedTuple):
+    shape: int  # mjtGeom
+    size: np.ndarray  # (3,), metres, as mjv_initGeom takes it
+    position: np.ndarray  # (3,), metres, in the world, for the camera at its first place
+    frame: np.ndarray  # (9,), rotation
+    rgba: np.ndarray  # (4,)
+    period: float  # metres
 
 
 class Look(NamedTuple):
@@ -117,7 +123,7 @@ class Look(NamedTuple):
     textures: dict[int, np.ndarray]  # texture id -> uint8 (height, width, 3)
     light: tuple[np.ndarray, np.ndarray] | None  # factor of the colour (3,), rotation (3, 3)
     camera: tuple[np.ndarray, float] | None  # rotation (3, 3), factor of the distance
-    distractors: Distractors | None
+    distractors: list[Distractor]
 
 
 class Painter:
@@ -144,40 +150,32 @@ class Painter:
     @contextlib.contextmanager
     def painted(self, context: np.ndarray | None) -> Iterator[None]:
         """The model has the context's colours within the block, and its own bits after it."""
-        if context is None:
-            yield
-            return
-        paint = self._look(context).paint
-        saved = [rgba.copy() for rgba, _, _ in self._parts]
+        paint = [] if context is None else self._look(context).paint
+        saved = [(rgba, rgba.copy()) for rgba, _, _ in self._parts]
         try:
-            for (rgba, rows, _), colours in zip(self._parts, paint, strict=True):
+            for (rgba, rows, _), colours in zip(self._parts, paint, strict=False):
                 rgba[rows, :3] = colours  # alpha stays: tasks hide parts by it
             yield
         finally:
-            for (rgba, _, _), before in zip(self._parts, saved, strict=True):
+            for rgba, before in saved:
                 rgba[:] = before
 
     def upload(self, context: np.ndarray | None, gpu: mujoco.MjrContext):
         """Give `gpu` the context's textures; afterwards the model holds its own again."""
-        textures = {} if context is None else self._look(context).textures
-        for index in self._floor_textures + self._sky_textures:
-            with self._textured(index, textures.get(index)):
-                mujoco.mjr_uploadTexture(self._model, gpu, index)
-
-    @contextlib.contextmanager
-    def _textured(self, index: int, image: np.ndarray | None) -> Iterator[None]:
-        if image is None:
-            yield
-            return
-        heights, widths = self._model.tex_height, self._model.tex_width
-        start = self._model.tex_adr[index]
-        pixels = self._model.tex_data[start:start + image.size]
-        saved = pixels.copy(), heights[index], widths[index]
-        try:
-            pixels[:], heights[index], widths[index] = image.ravel(), *image.shape[:2]
-            yield
-        finally:
-            pixels[:], heights[index], widths[index] = saved
+        model = self._model
+        for index in self._textures['floor'] + self._textures['sky']:
+            if context is None:
+                mujoco.mjr_uploadTexture(model, gpu, index)
+                continue
+            image, start = self._look(context).textures[index], model.tex_adr[index]
+            pixels = model.tex_data[start:start + image.size]
+            saved = pixels.copy(), model.tex_height[index], model.tex_width[index]
+            try:
+                pixels[:] = image.ravel()
+                model.tex_height[index], model.tex_width[index] = image.shape[:2]
+                mujoco.mjr_uploadTexture(model, gpu, index)
+            finally:
+                pixels[:], model.tex_height[index], model.tex_width[index] = saved
 
     def dress(self, context: np.ndarray | None, scene: mujoco.MjvScene):
         """Put the context's distractors, light and camera into a scene that has been updated."""
@@ -186,8 +184,17 @@ class Painter:
         look, cameras = self._look(context), scene.camera
         eye = (cameras[0].pos + cameras[1].pos) / 2  # the two are a stereo pair
         forward, up = cameras[0].forward.copy(), cameras[0].up.copy()
-        if look.distractors is not None:
-            self._add_distractors(look.distractors, eye, scene)
+        # Shapes stand still while the camera travels sideways, and come by again every period;
+        # however far it travels ahead, they keep their distance behind the body.
+        travel, aside = eye - self._eye, self._axes[:, 0]
+        ahead = (travel - travel @ aside * aside) * [1, 1, 0]
+        for shape in look.distractors:
+            offset = (shape.position - eye) @ aside
+            position = shape.position + ahead - round(offset / shape.period) * shape.period * aside
+            geom = scene.geoms[scene.ngeom]
+            mujoco.mjv_initGeom(geom, shape.shape, shape.size, position, shape.frame, shape.rgba)
+            geom.category = mujoco.mjtCatBit.mjCAT_STATIC  # decor would cast no shadow
+            scene.ngeom += 1
         if look.light is not None:
             colour, rotation = look.light
             pivot = eye + self._depth * forward
@@ -206,20 +213,6 @@ class Painter:
                 camera.pos[:] += self._depth * (forward + zoom * new_back)
                 camera.up[:], camera.forward[:] = new_up, -new_back
 
-    def _add_distractors(self, distractors: Distractors, eye: np.ndarray, scene: mujoco.MjvScene):
-        # Shapes stand still while the camera travels sideways, and come by again every period;
-        # however far it travels ahead, they keep their distance behind the body.
-        travel, right = eye - self._eye, self._axes[:, 0]
-        aside = travel @ right
-        shift = (travel - aside * right) * [1, 1, 0]
-        periods = np.round((distractors.sideways - aside) / distractors.periods)
-        positions = distractors.positions + shift - np.outer(periods * distractors.periods, right)
-        for (shape, size, frame, rgba), position in zip(distractors.shapes, positions, strict=True):
-            geom = scene.geoms[scene.ngeom]
-            mujoco.mjv_initGeom(geom, shape, size, position, frame, rgba)
-            geom.category = mujoco.mjtCatBit.mjCAT_STATIC  # decor would cast no shadow
-            scene.ngeom += 1
-
     # What there is to paint, and from where it is seen: once per model.
 
     def _sort_parts(self):
@@ -229,33 +222,25 @@ class Painter:
         """
         model = self._model
         floors, self._parts = set(), []
-        for kind, rgba in (('geom', model.geom_rgba), ('site', model.site_rgba),
-                           ('skin', model.skin_rgba)):
-            rows, groups = [], []
-            for i in range(len(rgba)):
+        for kind, colours in (('geom', model.geom_rgba), ('site', model.site_rgba),
+                              ('skin', model.skin_rgba)):
+            groups = np.full(len(colours), -1)
+            for i in range(len(colours)):
                 part = getattr(model, kind)(i)
                 material = int(part.matid[0])
                 name = model.mat(material).name if material >= 0 else ''
-                texture = model.mat_texid[material].max() if material >= 0 else -1
-                is_ground = kind == 'geom' and part.type[0] in GROUND
-                if is_ground and texture >= 0:
-                    floors.add(int(texture))  # rgba could only dim it
-                elif material < 0 or model.mat_rgba[material, 3] == 1:  # else: rgba would hide that
-                    if kind == 'site':  # but for targets, sites are marks
-                        group = TARGET if name.startswith('target') else None
-                    elif 'target' in name + part.name:
-                        group = TARGET
-                    elif material < 0:
-                        group = FLOOR if is_ground else BODY
-                    else:
-                        group = BODY if name.startswith('self') else ACCENT
-                    if group is not None and GROUP_FACTORS[group] in self._names:
-                        rows.append(i)
-                        groups.append(group)
-            self._parts.append((rgba, np.array(rows, int), np.array(groups, int)))
+                texture = int(model.mat_texid[material].max()) if material >= 0 else -1
+                ground = kind == 'geom' and part.type[0] in GROUND
+                if ground and texture >= 0:
+                    floors.add(texture)  # rgba could only dim it
+                elif material < 0 or model.mat_rgba[material, 3] == 1:  # else rgba would replace it
+                    groups[i] = colour_group(kind, part.name, name, ground)
+            on = [group for group, factor in enumerate(GROUP_FACTORS) if factor in self._names]
+            rows = np.flatnonzero(np.isin(groups, on))
+            self._parts.append((colours, rows, groups[rows]))
         skies = np.flatnonzero(model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX).tolist()
-        self._floor_textures = sorted(floors) if 'floor' in self._names else []
-        self._sky_textures = skies if 'sky' in self._names else []
+        self._textures = {'floor': sorted(floors) if 'floor' in self._names else [],
+                          'sky': skies if 'sky' in self._names else []}
 
     def _measure_view(self, camera_id: int):
         """The camera's pose in the model's first position, its distance to what moves, the floor.
@@ -298,17 +283,17 @@ class Painter:
             if factor in slots:
                 colours[group] = self._colour(factor, hues[name], *slots[factor][first:first + 2])
         textures = {}
-        light = camera = distractors = None
+        light, camera, distractors = None, None, []
         if 'floor' in slots:
             y, x = np.mgrid[:FLOOR_SIZE, :FLOOR_SIZE] * 2 * self._tiles // FLOOR_SIZE % 2
             dark = PATTERNS[int(len(PATTERNS) * slots['floor'][4])](x, y)[..., None]
             image = colours[FLOOR] * (1 - dark * self._lay('floor', 'contrast', slots['floor'][3]))
-            textures |= dict.fromkeys(self._floor_textures, (255 * image).astype(np.uint8))
+            textures |= dict.fromkeys(self._textures['floor'], (255 * image).astype(np.uint8))
         if 'sky' in slots:
             low = self._colour('sky', hues['sky'], *slots['sky'][1:3])
             high = self._colour('sky', hues['sky'], *slots['sky'][3:5])
-            image = low + sky_height()[..., None] * (high - low)
-            textures |= dict.fromkeys(self._sky_textures, (255 * image).astype(np.uint8))
+            image = np.tile(np.linspace(high, low, SKY_SIZE)[:, None], (6, SKY_SIZE, 1))
+            textures |= dict.fromkeys(self._textures['sky'], (255 * image).astype(np.uint8))
         if 'light' in slots:
             brightness, hue, tint, azimuth, tilt = slots['light']
             colour = np.array(colorsys.hsv_to_rgb(hue, self._lay('light', 'tint', tint), 1))
@@ -325,7 +310,8 @@ class Painter:
         return Look([colours[groups] for _, _, groups in self._parts], textures, light, camera,
                     distractors)
 
-    def _place_distractors(self, slots: np.ndarray, hues: Mapping[str, float]) -> Distractors:
+    def _place_distractors(self, slots: np.ndarray,
+                           hues: Mapping[str, float]) -> list[Distractor]:
         """One near each corner of the picture, for in its middle, and to its sides, things happen.
 
         They float behind the body, or stand on the floor where the view meets that first.
@@ -333,13 +319,16 @@ class Painter:
         low, high = self._ranges['distractors', 'count']
         count, first = int(low + slots[1] * (high - low + 1)), int(4 * slots[2])
         taken = [hues[name] for name in ('body', 'accent', 'target') if name in hues]
-        shapes, positions, depths = [], [], []
+        # Seen from above, the whole floor is about as far as the body; seen from the side, the
+        # floor must be well behind for a shape on it not to hide the body.
+        nearest = self._depth * (0.9 + 0.3 * np.hypot(*self._axes[:2, 2]))
+        distractors = []
         for i, own in enumerate(slots[3:].reshape(-1, DISTRACTOR_SLOTS)[:count]):
             spot = np.array([(-1, -1), (1, 1), (-1, 1), (1, -1)][(first + i) % 4])
             spot = spot * (0.6 + 0.35 * own[:2])
             ray, ground = self._cast(spot)
-            if ground < 0.9 * self._depth:  # that would stand between camera and body
-                ray, ground = self._cast(spot * [1, -1])
+            if ground < nearest:
+                ray, ground = self._cast(spot * [1, -0.7])
             depth = min(self._depth * (1.3 + 0.6 * own[2]), ground)
             position = self._eye + depth * ray
             shape = SHAPES[int(len(SHAPES) * own[3])]
@@ -349,15 +338,12 @@ class Painter:
                 position[2] += {GEOM.mjGEOM_SPHERE: radius,
                                 GEOM.mjGEOM_CAPSULE: radius + length}.get(shape, length)
             size = [radius, radius, length] if shape == GEOM.mjGEOM_BOX else [radius, length, 0]
-            hue = hue_apart((slots[0] + (i + 0.3 * own[6]) / count) % 1, taken, 0.1)
+            hue = hue_apart((slots[0] + (i + 0.3 * own[6]) / count) % 1, taken, 0.14)
             rgba = [*self._colour('distractors', hue, *own[7:9]), 1]
-            shapes.append((shape, np.array(size), rotation([0, 0, 1], 360 * own[9]).ravel(),
-                           np.array(rgba, np.float32)))
-            positions.append(position)
-            depths.append(depth)
-        positions = np.reshape(positions, (count, 3))
-        return Distractors(shapes, positions, (positions - self._eye) @ self._axes[:, 0],
-                           2.6 * self._half_view * np.array(depths))
+            distractors.append(Distractor(
+                shape, np.array(size), position, rotation([0, 0, 1], 360 * own[9]).ravel(),
+                np.array(rgba, np.float32), 2.6 * self._half_view * depth))
+        return distractors
 
     def _cast(self, spot: np.ndarray) -> tuple[np.ndarray, float]:
         """The ray through a spot of the picture (border: 1) per unit of depth, and its depth at
@@ -372,6 +358,17 @@ class Painter:
     def _colour(self, factor: str, hue: float, saturation: float, value: float) -> np.ndarray:
         return np.array(colorsys.hsv_to_rgb(hue, self._lay(factor, 'saturation', saturation),
                                             self._lay(factor, 'value', value)))
+
+
+def colour_group(kind: str, name: str, material: str, ground: bool) -> int:
+    """The group of a geom, site or skin; -1 for marks, which are left alone."""
+    if 'target' in (material if kind == 'site' else material + name):
+        return TARGET
+    if kind == 'site':
+        return -1
+    if not material:
+        return FLOOR if ground else BODY
+    return BODY if material.startswith(('self', 'skin')) else ACCENT
 
 
 def spread_hues(slots: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -401,11 +398,9 @@ def hue_apart(uniform: float, taken: Iterable[float], gap: float) -> float:
             for hue, after in zip(taken, [*taken[1:], taken[0] + 1], strict=True)
             if after - hue > 2 * gap]
     left = uniform * sum(width for _, width in arcs)
-    for start, width in arcs:
-        if left < width:
-            break
-        left -= width
-    return (start + left) % 1
+    while left > arcs[0][1] and len(arcs) > 1:
+        left -= arcs.pop(0)[1]
+    return (arcs[0][0] + left) % 1
 
 
 def rotation(axis: list[float], degrees: float) -> np.ndarray:
@@ -413,13 +408,3 @@ def rotation(axis: list[float], degrees: float) -> np.ndarray:
     mujoco.mju_axisAngle2Quat(quaternion, axis, np.deg2rad(degrees))
     mujoco.mju_quat2Mat(matrix, quaternion)
     return matrix.reshape(3, 3)
-
-
-@functools.cache
-def sky_height() -> np.ndarray:
-    """0 at and below the horizon, 1 overhead, for the pixels of a cube map: (6 * size, size)."""
-    side = (np.arange(SKY_SIZE) + 0.5) / SKY_SIZE * 2 - 1
-    x, y = np.meshgrid(side, side)
-    top = np.ones_like(x)
-    faces = [-y, -y, top, -top, -y, -y]  # right, left, up, down, front, back
-    return np.concatenate([face / np.sqrt(1 + x**2 + y**2) for face in faces]).clip(0)

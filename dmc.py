@@ -5,6 +5,7 @@ the same target, so that a filmed episode can be entered again at its very start
 """
 import atexit
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -72,7 +73,9 @@ class Camera:
         self._model = model = physics.model.ptr
         if Camera._gl is None:
             try:
-                Camera._gl = mujoco.GLContext(im_size, im_size)
+                # By name: mujoco.GLContext is what MUJOCO_GL was when mujoco was first imported.
+                backend = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
+                Camera._gl = backend.GLContext(im_size, im_size)
             except Exception as error:  # each backend raises its own
                 raise UserError(GL_ADVICE) from error
             atexit.register(Camera._gl.free)

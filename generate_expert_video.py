@@ -142,7 +142,7 @@ def check_same_settings(root: Path, meta: dict):
     """Raises: UserError where the folder's episodes were made otherwise than `meta` says."""
     mend = f'rm -r {root}, or set out_dir to another folder'
     if not (root / 'meta.json').exists():
-        if list(root.glob('episode_*.json')):
+        if video.episode_numbers(root):
             raise UserError(f'{root} holds episodes but no meta.json to say of what: {mend}.')
         return
     here, there = flat(meta), flat(video.read_json(root / 'meta.json'))
@@ -171,22 +171,23 @@ def generate(cfg):
     if cfg.num_workers is not None:
         utils.require_at_least(cfg, 1, 'num_workers')
     _, env_args = load_expert(cfg.snapshot, cfg.task_name)
-    metas, jobs = {}, []
-    for split, num in (('train', cfg.num_train), ('valid', cfg.num_valid)):
-        root = Path(cfg.out_dir) / split
-        metas[root] = describe(cfg, split, env_args)
-        check_same_settings(root, metas[root])
-        jobs += [(split, i) for i in range(num)
-                 if not video.frames_path(root, i).with_suffix('.json').exists()]
+    nums = {'train': cfg.num_train, 'valid': cfg.num_valid}
+    roots = {split: Path(cfg.out_dir) / split for split in nums}
+    metas = {split: describe(cfg, split, env_args) for split in nums}
+    for split in nums:
+        check_same_settings(roots[split], metas[split])
+    there = {split: set(video.episode_numbers(roots[split])) for split in nums}
+    num_missing = sum(max(0, nums[split] - len(there[split])) for split in nums)
     clip_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
-    check_disk(Path(cfg.out_dir), len(jobs) * clip_bytes)
+    check_disk(Path(cfg.out_dir), num_missing * clip_bytes)
 
-    for root, meta in metas.items():
-        video.write_json(root / 'meta.json', meta)
+    for split, root in roots.items():
+        video.write_json(root / 'meta.json', metas[split])
         for leftover in root.glob('.tmp-*'):  # of a generation that was killed
             leftover.unlink()
+    jobs = [(split, i) for split in nums for i in range(nums[split]) if i not in there[split]]
     if jobs:
-        film_all(cfg, jobs, cfg.num_train + cfg.num_valid)
+        film_all(cfg, jobs, total=sum(nums.values()))
 
 
 def film_all(cfg, jobs: list[tuple[str, int]], total: int):

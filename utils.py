@@ -57,21 +57,22 @@ def exit_on_user_error():
 def register_tasks(overrides: list[str]):
     """Make `task=<domain_task>` work for suite tasks that have no file in cfgs/task.
 
-    Raises: UserError for an unknown task, with the nearest names.
+    Raises: UserError for an unknown task or kind of observation, with the nearest names.
     """
     import dmc  # here, because it chooses the OpenGL backend while it is imported
-    with_file = {path.stem for path in (Path(__file__).parent / 'cfgs/task').glob('*.yaml')}
+    files = {path.stem for path in (Path(__file__).parent / 'cfgs/task').glob('*.yaml')}
     tasks = set(dmc.task_names())
-    for name in tasks - with_file:
+    for name in tasks - files:
         ConfigStore.instance().store(group='task', name=name, package='_global_',
                                      node={'defaults': ['medium'], 'task_name': name})
+    known = {'task': tasks | files - {'easy', 'medium', 'hard'}, 'obs': {'pixels', 'states'}}
     for override in overrides:
-        if override.startswith('task='):
-            for name in override.removeprefix('task=').split(','):
-                if name not in with_file | tasks:
-                    near = difflib.get_close_matches(name, sorted(with_file | tasks), 3, 0.3)
-                    raise UserError(f"unknown task '{name}'; the nearest are {', '.join(near)}. "
-                                    'All are listed by --help.')
+        group, _, values = override.partition('=')
+        for name in values.split(',') if group in known else ():
+            if name not in known[group]:
+                near = difflib.get_close_matches(name, sorted(known[group]), 3, 0.3)
+                raise UserError(f'{group}={name} is unknown; the nearest are '
+                                f"{', '.join(near or known[group])}. --help lists them all.")
 
 
 def work_dir() -> Path:
@@ -258,7 +259,7 @@ def load_snapshot(path: str | Path, kind: str, task: str | None = None,
     if not isinstance(payload, dict) or payload.get('format') != FORMAT:
         raise UserError(f'{found} is not a snapshot of format {FORMAT}: {remedy}.')
     if payload['kind'] != kind:
-        raise UserError(f"{found} holds a {payload['kind']}, not a {kind}: {remedy}.")
+        raise UserError(f"{found} is a snapshot of kind {payload['kind']}, not {kind}: {remedy}.")
     if task is not None and payload['task'] != task:
         raise UserError(f"{found} is for task {payload['task']}, not {task}: {remedy}.")
     return payload

@@ -115,6 +115,12 @@ def frames_path(root: str | Path, i: int) -> Path:
     return Path(root) / f'episode_{i:05d}.npy'
 
 
+def episode_numbers(root: str | Path) -> list[int]:
+    """Of the episodes that are whole, in order."""
+    found = Path(root).glob('episode_*.json')
+    return sorted(int(path.stem.removeprefix('episode_')) for path in found)
+
+
 def write_episode(root: str | Path, i: int, frames: np.ndarray, info: dict):
     """Add episode i to a split's folder; a kill at any moment leaves it whole or absent.
 
@@ -174,7 +180,7 @@ class Clips:
         if meta['episode_len'] < min_len:
             raise UserError(f"{self.root} holds clips of {meta['episode_len']} steps, fewer than "
                             f'{min_len}: remove it and {command} episode_len={min_len}.')
-        self._paths = sorted(path.with_suffix('.npy') for path in self.root.glob('episode_*.json'))
+        self._paths = [frames_path(self.root, i) for i in episode_numbers(self.root)]
         if len(self) < min_clips:
             raise UserError(f'{self.root} holds {len(self)} clips, fewer than {min_clips}: '
                             f"{command} num_{meta['split']}={min_clips}.")

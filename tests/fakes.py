@@ -1,0 +1,80 @@
+"""Environments and translators whose every number a test can work out by hand."""
+import dm_env
+import numpy as np
+from dm_env import specs
+
+
+class FakeEnv(dm_env.Environment):
+    """Walks on a line: the state moves by the action, the reward is minus its distance from 0.5."""
+
+    def __init__(self, length: int = 10, pixels: bool = False):
+        self.length, self.pixels, self.episode_info = length, pixels, {}
+        self._time = None
+
+    def observation_spec(self):
+        if self.pixels:
+            return specs.BoundedArray((9, 20, 20), np.uint8, 0, 255, 'observation')
+        return specs.Array((5,), np.float32, 'observation')
+
+    def action_spec(self):
+        return specs.BoundedArray((2,), np.float32, -1, 1, 'action')
+
+    def reset(self, episode_seed=0, context=None):
+        self._state = np.random.default_rng(episode_seed).uniform(-1, 1, 2)
+        self._time, self._frames = 0, None
+        return dm_env.restart(self._observe())
+
+    def step(self, action):
+        if self._time is None or self._time == self.length:
+            return self.reset()
+        self._state = np.clip(self._state + 0.1 * np.asarray(action, float), -1, 1)
+        self._time += 1
+        reward = -float(abs(self._state - 0.5).sum())
+        if self._time == self.length:
+            return dm_env.truncation(reward, self._observe())
+        return dm_env.transition(reward, self._observe())
+
+    def _observe(self):
+        if not self.pixels:
+            return np.array([*self._state, self._time, 1, 2], np.float32)
+        frame = np.full((3, 20, 20), 127 + 100 * self._state[0], np.uint8)
+        frame[:, self._time % 20] = 255
+        self._frames = [frame] * 3 if self._frames is None else [*self._frames[1:], frame]
+        return np.concatenate(self._frames)
+
+    def render(self, im_size):
+        return np.full((im_size, im_size, 3), self._time, np.uint8)
+
+    def panels(self, im_size):
+        return {'agent': self.render(im_size)}
+
+
+class FakeDemos:
+    """Three episodes in three contexts: frame t is t everywhere."""
+
+    def __init__(self, length: int):
+        frames = np.arange(length + 1, dtype=np.uint8)[None, :, None, None, None]
+        self._frames = np.broadcast_to(frames, (3, length + 1, 8, 8, 3))
+
+    def __len__(self):
+        return 3
+
+    def frames(self, i):
+        return self._frames
+
+    def episode(self, i):
+        return {'episode_seed': 10 + i, 'expert_return': 9.0, 'contexts': [[0.1], [0.2], [0.3]]}
+
+
+class FakeTranslator:
+    """Features are a frame's brightness, twice; the translation is perfect."""
+
+    z_dim, image_var = 2, 0.01
+
+    def encode(self, frame):
+        return np.full(2, frame.mean(), np.float32)
+
+    def translate(self, i, sources, first):
+        self.asked = i, tuple(sources)
+        frames = FakeDemos(4).frames(i)[0]
+        return np.stack([self.encode(frame) for frame in frames]), np.array(frames)

@@ -1,0 +1,253 @@
+import itertools
+import json
+from pathlib import Path
+
+import dmc  # first: it chooses the OpenGL backend before anything imports mujoco
+
+# isort: split
+import mujoco
+import numpy as np
+import pytest
+from dm_control import suite
+from omegaconf import OmegaConf
+
+import contexts
+from utils import UserError
+
+SCENERY = OmegaConf.to_container(
+    OmegaConf.load(Path(__file__).parent.parent / 'cfgs/base.yaml').scenery)
+DOMAINS = sorted({domain for domain, _ in suite.ALL_TASKS})
+
+
+def only(*names: str) -> dict:
+    return {name: {**SCENERY[name], 'enabled': name in names} for name in SCENERY}
+
+
+def draw(seed: int, scenery=SCENERY, split='seen') -> np.ndarray:
+    return contexts.sample(np.random.default_rng(seed), split, scenery)
+
+
+def load(name: str, scenery=SCENERY):
+    env = suite.load(*dmc.split_name(name), task_kwargs={'random': 1})
+    env.reset()
+    return env, contexts.prepare(env, scenery, 0)
+
+
+def to_bytes(model: mujoco.MjModel) -> np.ndarray:
+    """Every field of the model, as it would be written to disk."""
+    buffer = np.empty(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, buffer)
+    return buffer
+
+
+def arrange(env, painter, context) -> mujoco.MjvScene:
+    """What dmc.Camera does for a frame, all but the OpenGL."""
+    model, view = env.physics.model.ptr, mujoco.MjvCamera()
+    view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0
+    scene = mujoco.MjvScene(model, maxgeom=1000)
+    with painter.painted(context):
+        mujoco.mjv_updateScene(model, env.physics.data.ptr, mujoco.MjvOption(), None, view,
+                               mujoco.mjtCatBit.mjCAT_ALL, scene)
+    painter.dress(context, scene)
+    return scene
+
+
+@pytest.fixture
+def uploads(monkeypatch) -> dict[str, np.ndarray]:
+    """What OpenGL would be given: texture name -> its pixels (height, width, 3)."""
+    given = {}
+
+    def upload(model, gpu, index):
+        texture = model.tex(index)
+        shape = int(texture.height[0]), int(texture.width[0]), 3
+        start = int(texture.adr[0])
+        given[texture.name] = model.tex_data[start:start + np.prod(shape)].reshape(shape).copy()
+    monkeypatch.setattr(mujoco, 'mjr_uploadTexture', upload)
+    return given
+
+
+@pytest.mark.parametrize('domain', DOMAINS)
+def test_a_context_is_painted_and_taken_off_bit_for_bit_on_every_task(domain, uploads):
+    for _, task in [names for names in suite.ALL_TASKS if names[0] == domain]:
+        env, painter = load(f'{domain}_{task}')
+        model = env.physics.model.ptr
+        before = to_bytes(model)
+        for seed in range(2):
+            context = draw(seed)
+            with painter.painted(context):
+                assert not np.array_equal(to_bytes(model), before), task
+            painter.upload(context, None)
+            painter.dress(context, arrange(env, painter, context))
+            assert np.array_equal(to_bytes(model), before), task
+        assert {'grid', 'skybox'} <= set(uploads), task
+
+
+def test_the_model_is_its_own_again_after_an_error(uploads, monkeypatch):
+    env, painter = load('reacher_hard')
+    before = to_bytes(env.physics.model.ptr)
+    with pytest.raises(KeyError), painter.painted(draw(0)):
+        raise KeyError
+    monkeypatch.setattr(mujoco, 'mjr_uploadTexture', lambda *_: {}['missing'])
+    with pytest.raises(KeyError):
+        painter.upload(draw(0), None)
+    assert np.array_equal(to_bytes(env.physics.model.ptr), before)
+
+
+@pytest.mark.parametrize('task', ['reacher_hard', 'finger_turn_hard', 'walker_walk', 'cup_catch',
+                                  'swimmer_swimmer6', 'manipulator_bring_ball'])
+def test_filming_in_contexts_leaves_the_physics_alone(task):
+    (plain, _), (filmed, painter) = load(task), load(task)
+    rng, context, spec = np.random.default_rng(0), draw(0), plain.action_spec()
+    for _ in range(100):
+        action = rng.uniform(spec.minimum, spec.maximum)
+        expected, got = plain.step(action), filmed.step(action)
+        arrange(filmed, painter, context)
+        assert got.reward == expected.reward
+        assert np.array_equal(filmed.physics.get_state(), plain.physics.get_state())
+
+
+def test_every_switch_moves_its_own_factor_and_nothing_else(uploads):
+    def observe(context) -> dict:
+        model = env.physics.model.ptr
+        with painter.painted(context):
+            body = model.geom_rgba[[model.geom(name).id for name in ('arm', 'finger', 'root')]]
+            target = model.geom_rgba[[model.geom('target').id]]
+        uploads.clear()
+        painter.upload(context, None)
+        scene = arrange(env, painter, context)
+        return {'body': body, 'target': target,
+                'floor': uploads.get('grid', np.zeros(0)),
+                'sky': uploads.get('skybox', np.zeros(0)),
+                'light': np.concatenate([[*light.diffuse, *light.ambient, *light.dir, *light.pos]
+                                         for light in scene.lights[:scene.nlight]]),
+                'camera': np.concatenate([[*camera.pos, *camera.up, *camera.forward]
+                                          for camera in scene.camera]),
+                'distractors': np.array([geom.pos for geom in scene.geoms[:scene.ngeom]])}
+
+    for factor in SCENERY:
+        env, painter = load('reacher_easy', only(factor))
+        plain, painted = observe(None), observe(draw(1))
+        assert {name for name in plain if not np.array_equal(plain[name], painted[name])
+                } == {factor}
+
+
+def test_distractors_are_there_in_a_context_only():
+    scenery = only('distractors')
+    scenery['distractors']['count'] = [4, 4]
+    env, painter = load('walker_walk', scenery)
+    assert arrange(env, painter, draw(0)).ngeom == arrange(env, painter, None).ngeom + 4
+
+
+def test_distractors_stand_still_but_come_by_again_under_a_travelling_camera():
+    scenery = only('distractors')
+    scenery['distractors']['count'] = [4, 4]
+    env, painter = load('cheetah_run', scenery)
+
+    def shapes(x: float) -> np.ndarray:
+        env.physics.named.data.qpos['rootx'] = x
+        env.physics.forward()
+        scene = arrange(env, painter, draw(0))
+        return np.array([geom.pos for geom in scene.geoms[scene.ngeom - 4:scene.ngeom]])
+
+    np.testing.assert_allclose(shapes(0.01), shapes(0.0), atol=1e-4)
+    offset = shapes(40.0)[:, 0] - env.physics.named.data.cam_xpos['side', 'x']
+    assert np.all(abs(offset) < 5)
+    np.testing.assert_allclose(shapes(40.0)[:, 1:], shapes(0.0)[:, 1:], atol=1e-4)
+
+
+def test_what_a_task_hides_stays_hidden():
+    env, painter = load('finger_spin')
+    with painter.painted(draw(0)):
+        assert env.physics.named.model.site_rgba['target', 'a'] == 0
+        assert not np.allclose(env.physics.named.model.site_rgba['target'][:3], 0.5)
+
+
+def test_body_target_floor_and_sky_can_be_told_apart(uploads):
+    env, painter = load('reacher_hard')
+    for seed in range(300):
+        context = draw(seed)
+        painter.upload(context, None)
+        with painter.painted(context):
+            colour = env.physics.named.model.geom_rgba
+            body, target = colour['arm'][:3].copy(), colour['target'][:3].copy()
+        grounds = [uploads['grid'].min((0, 1)) / 255, uploads['grid'].max((0, 1)) / 255]
+        for one, other in [(body, target), *itertools.product((body, target), grounds),
+                           (body, uploads['skybox'][0, 0] / 255)]:
+            assert np.linalg.norm(one - other) > 0.25
+
+
+def test_hue_apart_by_hand():
+    assert contexts.hue_apart(0.3, [], 0.1) == 0.3
+    assert contexts.hue_apart(0.0, [0.5], 0.1) == pytest.approx(0.6)
+    assert contexts.hue_apart(0.5, [0.5], 0.1) == pytest.approx(0.0)
+    # Free are 0.3 to 0.7, and 0.9 to 1.1: 0.6 in all.
+    assert contexts.hue_apart(0.5, [0.2, 0.8], 0.1) == pytest.approx(0.6)
+    assert contexts.hue_apart(0.75, [0.2, 0.8], 0.1) == pytest.approx(0.95)
+    for uniform, taken in itertools.product(np.linspace(0, 1, 97, endpoint=False),
+                                            [(0.0,), (0.1, 0.15), (0.0, 0.3, 0.65, 0.9)]):
+        away = abs(contexts.hue_apart(uniform, taken, 0.12) - np.array(taken))
+        assert np.minimum(away, 1 - away).min() > 0.12 - 1e-9
+
+
+def test_samples_lie_in_their_split_whatever_is_switched_on():
+    for number in range(1, len(SCENERY) + 1):
+        for names in itertools.combinations(SCENERY, number):
+            scenery = only(*names)
+            for split in ('seen', 'held_out'):
+                context = draw(number, scenery, split)
+                assert contexts.split_of(context, scenery) == split
+                assert context.shape == (contexts.DIM,) and context.dtype == np.float64
+                assert context.min() >= 0 and context.max() < 1
+
+
+def test_a_split_is_a_quarter_of_all_and_covers_every_cell_it_may():
+    rng = np.random.default_rng(0)
+    share = np.mean([contexts.split_of(rng.random(contexts.DIM), SCENERY) == 'held_out'
+                     for _ in range(2000)])
+    assert 0.22 < share < 0.28
+    for split, cells in ('seen', {1, 2, 3, 5, 6, 7}), ('held_out', {0, 4}):
+        key = contexts.SLOTS['sky'].start
+        assert {int(8 * contexts.sample(rng, split, only('sky'))[key])
+                for _ in range(200)} == cells
+
+
+def test_contexts_are_functions_of_the_generator_and_survive_json():
+    assert np.array_equal(draw(3), draw(3)) and not np.array_equal(draw(3), draw(4))
+    assert np.array_equal(json.loads(json.dumps(draw(3).tolist())), draw(3))
+    generators = [np.random.default_rng(0) for _ in range(2)]
+    for rng, split in zip(generators, ('seen', 'held_out'), strict=True):
+        contexts.sample(rng, split, SCENERY)
+    assert generators[0].random() == generators[1].random()
+
+
+def test_contexts_are_seen_in_the_pixels_and_gone_without():
+    env, painter = load('reacher_hard')
+    camera = dmc.Camera(env.physics, 64, 0, painter)
+    plain, one, other = camera.render(), camera.render(draw(0)), camera.render(draw(1))
+    for frame in one, other:
+        assert abs(frame.astype(int) - plain).mean() > 10
+    assert abs(one.astype(int) - other).mean() > 10
+    assert np.array_equal(camera.render(draw(0)), one)
+    assert np.array_equal(camera.render(), plain)
+
+
+@pytest.mark.parametrize('change, sentence', [
+    ({'walls': {'enabled': True}}, 'scenery.walls is unknown: take one of body'),
+    ({'body': {'enabled': True, 'hue': [0, 1]}}, 'scenery.body.hue is unknown'),
+    ({'body': False}, 'the switch is scenery.body.enabled=false'),
+    ({'light': {'enabled': True, 'tint': [0, 0.1], 'tilt': [0, 9]}}, 'scenery.light.brightness'),
+    ({'sky': {'enabled': True, 'saturation': [0, 1.5], 'value': [0, 1]}}, r'within \[0, 1\]'),
+    ({'sky': {'enabled': True, 'saturation': [0.5, 0.1], 'value': [0, 1]}}, 'sky.saturation'),
+    ({'sky': {'enabled': True, 'saturation': 0.5, 'value': [0, 1]}}, 'sky.saturation=0.5'),
+    ({'distractors': {**SCENERY['distractors'], 'count': [2, 9]}}, r'count=\[2, 9\]'),
+    (only(), 'every factor of scenery is off'),
+])
+def test_bad_scenery_is_told_in_a_sentence(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        contexts.enabled(OmegaConf.create({**SCENERY, **change}))
+
+
+def test_a_context_of_another_layout_is_refused():
+    _, painter = load('reacher_hard')
+    with pytest.raises(UserError, match=f'a context has {contexts.DIM} numbers, this one 5'):
+        painter.upload(np.zeros(5), None)

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+from dm_env import StepType, TimeStep
+
+import replay_buffer
+from fakes import FakeEnv
+from replay_buffer import ReplayBuffer
+from utils import UserError
+
+DISCOUNT = 0.9
+
+
+def make(root, env=None, **changes):
+    env = env or FakeEnv()
+    options = dict(capacity=100, nstep=3, discount=DISCOUNT, slack=20, seed=0) | changes
+    return ReplayBuffer(root, env.observation_spec(), env.action_spec(), **options)
+
+
+def play(buffer, env, num_episodes, first_seed=0):
+    """-> the episodes: lists of (time_step, action)."""
+    rng, episodes = np.random.default_rng(first_seed), []
+    for seed in range(first_seed, first_seed + num_episodes):
+        time_step = env.reset(episode_seed=seed)
+        buffer.add(time_step)
+        episode = [(time_step, None)]
+        while not time_step.last():
+            action = rng.uniform(-1, 1, 2).astype(np.float32)
+            time_step = env.step(action)
+            buffer.add(time_step, action)
+            episode.append((time_step, action))
+        episodes.append(episode)
+    return episodes
+
+
+def find(episodes, obs):
+    """Where an observation comes from: (episode, time)."""
+    [place] = [(e, t) for e, episode in enumerate(episodes)
+               for t, (time_step, _) in enumerate(episode)
+               if np.array_equal(time_step.observation, obs)]
+    return place
+
+
+@pytest.mark.parametrize('pixels', [False, True])
+def test_sample_equals_hand_arithmetic(tmp_path, pixels):
+    env = FakeEnv(pixels=pixels)
+    buffer = make(tmp_path, env, frame_stack=3 if pixels else 1)
+    episodes = play(buffer, env, 4)
+    obs, action, reward, discount, next_obs = (x.numpy() for x in buffer.sample(64))
+    times = set()
+    for b in range(64):
+        e, t = find(episodes, obs[b])
+        steps = min(3, env.length - t)  # a return never reaches into the next episode
+        later = episodes[e][t + 1:t + 1 + steps]
+        np.testing.assert_array_equal(action[b], later[0][1])
+        expected = sum(DISCOUNT ** k * step.reward for k, (step, _) in enumerate(later))
+        assert reward[b, 0] == pytest.approx(expected, rel=1e-5)
+        assert discount[b, 0] == pytest.approx(DISCOUNT ** steps)
+        np.testing.assert_array_equal(next_obs[b], later[-1][0].observation)
+        times.add(t)
+    assert times == set(range(env.length))  # every step is a start, the last transition too
+
+
+def test_terminal_discount_stops_the_return(tmp_path):
+    buffer = make(tmp_path)
+    def obs(x):
+        return np.full(5, x, np.float32)
+    buffer.add(TimeStep(StepType.FIRST, None, None, obs(0)))
+    buffer.add(TimeStep(StepType.MID, 1.0, 1.0, obs(1)), np.zeros(2))
+    buffer.add(TimeStep(StepType.LAST, 10.0, 0.0, obs(2)), np.zeros(2))
+    start, _, reward, discount, _ = (x.numpy() for x in buffer.sample(50))
+    assert set(discount.ravel()) == {0.0}
+    returns = {float(s[0]): float(r) for s, r in zip(start, reward[:, 0], strict=True)}
+    assert returns == pytest.approx({0.0: 1.0 + DISCOUNT * 10, 1.0: 10.0})
+
+
+def test_only_the_newest_are_sampled_once_the_ring_is_full(tmp_path):
+    env = FakeEnv(pixels=True)
+    buffer = make(tmp_path, env, capacity=33, slack=11, frame_stack=3)
+    episodes = play(buffer, env, 20)
+    assert len(buffer) == 33
+    for obs in buffer.sample(200)[0].numpy():
+        assert find(episodes, obs)[0] >= 17
+
+
+def test_an_episode_in_progress_is_not_sampled_and_dropped_when_broken_off(tmp_path):
+    env = FakeEnv()
+    buffer = make(tmp_path, env)
+    episodes = play(buffer, env, 1)
+    buffer.add(env.reset(episode_seed=99))
+    buffer.add(env.step([0.1, 0.1]), np.zeros(2, np.float32))
+    assert len(buffer) == 11
+    episodes += play(buffer, env, 1, first_seed=5)
+    assert len(buffer) == 22
+    for obs in buffer.sample(100)[0].numpy():
+        find(episodes, obs)
+
+
+def test_reopened_buffer_goes_on_as_if_never_closed(tmp_path):
+    env = FakeEnv()
+    buffer = make(tmp_path / 'a', env)
+    play(buffer, env, 3)
+    buffer.sample(8)
+    state = buffer.state_dict()
+    play(buffer, env, 1, first_seed=50)  # lost: written after the snapshot
+    again = make(tmp_path / 'a', env)
+    again.load_state_dict(state)
+    reference = make(tmp_path / 'b', env)
+    play(reference, env, 3)
+    reference.sample(8)
+    for one, other in zip(again.sample(32), reference.sample(32), strict=True):
+        assert one.equal(other)
+
+
+def test_slack_keeps_what_the_last_snapshot_still_samples(tmp_path):
+    env = FakeEnv()
+    buffer = make(tmp_path, env, capacity=33, slack=22)
+    play(buffer, env, 10)
+    state = buffer.state_dict()
+    expected = buffer.sample(200)
+    play(buffer, env, 2, first_seed=50)  # two episodes past the snapshot
+    again = make(tmp_path, env, capacity=33, slack=22)
+    again.load_state_dict(state)
+    for one, other in zip(again.sample(200), expected, strict=True):
+        assert one.equal(other)
+
+
+def test_another_size_is_refused(tmp_path):
+    state = make(tmp_path).state_dict()
+    with pytest.raises(UserError, match='rows'):
+        make(tmp_path, capacity=50).load_state_dict(state)
+
+
+def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay_buffer.shutil, 'disk_usage', lambda _: type('', (), {'free': 10}))
+    with pytest.raises(UserError, match='replay_buffer_size'):
+        make(tmp_path / 'buffer')
+    assert not (tmp_path / 'buffer').exists()

@@ -1,0 +1,144 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import utils
+from drqv2 import DrQV2Agent
+from fakes import FakeEnv
+from train import Workspace
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+
+CFG = OmegaConf.create(dict(
+    task_name='fake_walk', seed=1, device='cpu', use_tb=False, num_train_frames=400,
+    action_repeat=2, frame_stack=3, discount=0.99, nstep=3, batch_size=16, num_seed_frames=60,
+    replay_buffer_size=1000, eval_every_frames=100, num_eval_episodes=2, save_video=False,
+    video_size=32, log_every_frames=40, snapshot_every_frames=120))
+
+
+class Killed(Exception):
+    pass
+
+
+class DyingEnv(FakeEnv):
+    """Raises at its n-th step, wherever that is in an episode."""
+
+    def __init__(self, pixels, die_at):
+        super().__init__(pixels=pixels)
+        self.steps, self.die_at = 0, die_at
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == self.die_at:
+            raise Killed
+        return super().step(action)
+
+
+def make(work_dir, pixels, env=None, **changes):
+    env = env or FakeEnv(pixels=pixels)
+    agent_args = dict(obs_shape=list(env.observation_spec().shape), action_dim=2, hidden_dim=16,
+                      num_expl_steps=20)
+    work_dir.mkdir(exist_ok=True)
+    return Workspace(OmegaConf.merge(CFG, changes), work_dir, 'expert', env,
+                     FakeEnv(pixels=pixels), DrQV2Agent, agent_args, {'seed': 1})
+
+
+def weights(work_dir):
+    agent = utils.load_snapshot(work_dir / 'snapshot.pt', 'expert')['agent']
+    return {f'{part}.{name}': value for part in ('encoder', 'actor', 'critic', 'critic_target')
+            for name, value in agent[part].items()}
+
+
+def rows(path):
+    with open(path) as file:
+        return [{key: value for key, value in row.items() if key not in ('total_time', 'fps')}
+                for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize('pixels', [False, True])
+def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels):
+    make(tmp_path / 'whole', pixels).train()
+    with pytest.raises(Killed):
+        make(tmp_path / 'killed', pixels, DyingEnv(pixels, 157)).train()
+    resumed = make(tmp_path / 'killed', pixels)
+    assert 0 < resumed.global_step < 157
+    resumed.train()
+    whole, again = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
+    assert whole.keys() == again.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
+    for name in ('train.csv', 'eval.csv'):
+        assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
+
+
+def test_what_the_agent_learns_from_is_what_the_environment_showed(tmp_path):
+    """Flat states are stored whole, not as if they were stacked frames."""
+    workspace = make(tmp_path, pixels=False, num_train_frames=40)
+    time_step = workspace.start_episode()
+    seen = [time_step.observation]
+    while not time_step.last():
+        time_step = workspace.train_env.step(np.zeros(2))
+        workspace.replay_buffer.add(time_step, np.zeros(2))
+        seen.append(time_step.observation)
+    for obs in workspace.replay_buffer.sample(30)[0].numpy():
+        assert any(np.array_equal(obs, other) for other in seen)
+
+
+def test_the_end_of_a_run(tmp_path):
+    workspace = make(tmp_path, pixels=False)
+    workspace.train()
+    assert not (tmp_path / 'buffer').exists()
+    frames = [int(row['frame']) for row in rows(tmp_path / 'eval.csv')]
+    assert frames == [0, 100, 200, 300, 400]
+    assert workspace.global_step == 200
+
+
+def test_videos_are_filmed(tmp_path):
+    make(tmp_path, pixels=False, save_video=True, num_train_frames=20).train()
+    assert len(list((tmp_path / 'eval_video').glob('*.mp4'))) == 2
+
+
+def test_other_sizes_are_refused_on_resume(tmp_path):
+    make(tmp_path, pixels=False).train()
+    with pytest.raises(UserError, match='hidden_dim'):
+        env = FakeEnv()
+        args = dict(obs_shape=[5], action_dim=2, hidden_dim=32, num_expl_steps=20)
+        Workspace(CFG, tmp_path, 'expert', env, env, DrQV2Agent, args, {})
+
+
+@pytest.mark.parametrize('key', ['num_train_frames', 'batch_size', 'nstep', 'num_eval_episodes'])
+def test_budgets_below_one_are_refused(tmp_path, key):
+    with pytest.raises(UserError, match=f'{key}=0'):
+        make(tmp_path, pixels=False, **{key: 0})
+    assert not (tmp_path / 'buffer').exists()
+
+
+def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
+    command = [sys.executable, ROOT / 'train.py', 'task=reacher_easy', 'obs=states', 'use_tb=false',
+               'num_train_frames=6000', 'num_seed_frames=1000', 'snapshot_every_frames=2000',
+               'eval_every_frames=3000', 'num_eval_episodes=1', 'save_video=false', 'device=cpu',
+               'batch_size=32', 'agent.hidden_dim=32']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    def run(name):
+        return subprocess.Popen([*command, f'hydra.run.dir={tmp_path / name}'], env=env,
+                                stdout=subprocess.DEVNULL)
+    whole, killed = run('whole'), run('killed')
+    deadline = time.monotonic() + 120
+    while not (tmp_path / 'killed/snapshot.pt').exists():
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert run('killed').wait() == 0 and whole.wait() == 0
+    before, after = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
+    assert all(torch.equal(before[name], after[name]) for name in before)

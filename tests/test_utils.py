@@ -1,0 +1,123 @@
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import utils
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_schedule():
+    assert utils.schedule('linear(1.0,0.1,100)', 50) == pytest.approx(0.55)
+    assert utils.schedule('linear(1.0,0.1,100)', 500) == pytest.approx(0.1)
+    assert utils.schedule('0.2', 7) == utils.schedule(0.2, 7) == 0.2
+    with pytest.raises(UserError, match='cosine'):
+        utils.schedule('cosine(1)', 0)
+
+
+def test_until_and_every_count_in_frames():
+    until, every = utils.Until(10, action_repeat=2), utils.Every(6, action_repeat=2)
+    assert [step for step in range(20) if until(step)] == [0, 1, 2, 3, 4]
+    assert [step for step in range(10) if every(step)] == [3, 6, 9]
+    every = utils.Every(6, action_repeat=2)
+    assert [step for step in (0, 2, 5, 7, 8, 30) if every(step)] == [5, 7, 30]  # uneven checks
+    assert not utils.Every(6, 2, step=5)(5)  # a resumed run does not repeat what was due before
+
+
+def test_derived_seeds_are_stable_and_apart():
+    assert utils.derive_seed(1, 0, 5) == utils.derive_seed(1, 0, 5)
+    assert len({utils.derive_seed(1, stream, i) for stream in (0, 1) for i in range(500)}) == 1000
+
+
+def test_atomic_write_leaves_nothing_half_written(tmp_path):
+    path = tmp_path / 'file'
+    with utils.atomic_write(path) as tmp:
+        tmp.write_text('old')
+    with pytest.raises(ZeroDivisionError), utils.atomic_write(path) as tmp:
+        tmp.write_text('half')
+        raise ZeroDivisionError
+    assert path.read_text() == 'old'
+    assert os.listdir(tmp_path) == ['file']
+
+
+def save(path, value, kind='expert', task='reacher_hard'):
+    utils.save_snapshot(path, kind, task, {'value': torch.tensor(value)})
+
+
+def test_snapshots_keep_the_previous_one_and_survive_its_loss(tmp_path):
+    path = tmp_path / 'snapshot.pt'
+    save(path, 1)
+    save(path, 2)
+    assert utils.load_snapshot(path, 'expert', 'reacher_hard')['value'] == 2
+    path.unlink()  # as a kill between the two renames would leave it
+    assert utils.snapshot_exists(path)
+    assert utils.load_snapshot(path, 'expert', 'reacher_hard')['value'] == 1
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ('touch hacked',)
+
+
+def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'snapshot.pt'
+    with pytest.raises(UserError, match='there is no expert .*python train.py'):
+        utils.load_snapshot(path, 'expert', remedy='python train.py')
+    save(path, 1)
+    with pytest.raises(UserError, match='of kind expert, not translator'):
+        utils.load_snapshot(path, 'translator')
+    with pytest.raises(UserError, match='for task reacher_hard, not finger_spin'):
+        utils.load_snapshot(path, 'expert', 'finger_spin')
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match='damaged'):
+        utils.load_snapshot(path, 'expert')
+    torch.save({'format': 99}, path)
+    with pytest.raises(UserError, match='format'):
+        utils.load_snapshot(path, 'expert')
+    for save_code in (lambda: torch.save(Payload(), path),
+                      lambda: path.write_bytes(pickle.dumps(Payload()))):
+        save_code()
+        with pytest.raises(UserError, match='code'):
+            utils.load_snapshot(path, 'expert')
+    assert not (tmp_path / 'hacked').exists()
+
+
+def test_slim_keeps_what_acting_needs(tmp_path):
+    agent = {name: {'w': torch.ones(2)} for name in ('encoder', 'actor', 'critic', 'actor_opt')}
+    utils.save_snapshot(tmp_path / 'run.pt', 'expert', 'reacher_hard',
+                        {'agent': agent, 'agent_args': {'obs_shape': [6]}, 'global_step': 5})
+    utils.slim(tmp_path / 'run.pt', tmp_path / 'slim.pt')
+    slim = utils.load_snapshot(tmp_path / 'slim.pt', 'expert', 'reacher_hard')
+    assert slim['agent'].keys() == {'encoder', 'actor'}
+    assert slim['agent_args'] == {'obs_shape': [6]}
+
+
+def test_device():
+    assert utils.pick_device('cpu').type == 'cpu'
+    if not torch.cuda.is_available():
+        assert utils.pick_device('auto').type == 'cpu'
+        with pytest.raises(UserError, match='device=auto'):
+            utils.pick_device('cuda')
+    with pytest.raises(UserError, match='tpu'):
+        utils.pick_device('tpu')
+
+
+@pytest.mark.parametrize('overrides, words', [
+    (['task=reacher_hrad'], ['reacher_hrad', 'reacher_hard']),
+    (['task=reacher_hard', 'num_train_frames=0'], ['num_train_frames=0']),
+    (['task=reacher_hard', 'obs=sounds'], ['obs=sounds', 'states']),
+])
+def test_scripts_end_with_one_sentence_and_code_2(tmp_path, overrides, words):
+    run = subprocess.run([sys.executable, ROOT / 'train.py', *overrides,
+                          f'hydra.run.dir={tmp_path}'], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert 'Traceback' not in run.stderr
+    [line] = [line for line in run.stderr.splitlines() if line.startswith('error:')]
+    assert all(word in line for word in words)
