@@ -65,7 +65,7 @@ demo: .venv
 	$(PY) generate_expert_video.py task=$(TASK) snapshot=$(EXPERT) out_dir=videos/$(RUN) \
 	    $(VIDEOS_$(BUDGET))
 	$(if $(SHIPPED_TRANSLATOR),@echo 'translator: $(TRANSLATOR) is shipped',\
-	    $(PY) train_ct.py task=$(TASK) videos=videos/$(RUN) hydra.run.dir=ct_local/$(RUN) \
+	    $(PY) train_ct.py task=$(TASK) data_dir=videos/$(RUN) hydra.run.dir=ct_local/$(RUN) \
 	    $(TRANSLATOR_$(BUDGET)))
-	$(PY) train_ac.py task=$(TASK) expert=$(EXPERT) translator=$(TRANSLATOR) \
-	    videos=videos/$(RUN) hydra.run.dir=ac_local/$(RUN) $(IMITATOR_$(BUDGET))
+	$(PY) train_ac.py task=$(TASK) snapshot=$(TRANSLATOR) data_dir=videos/$(RUN) \
+	    hydra.run.dir=ac_local/$(RUN) $(IMITATOR_$(BUDGET))

@@ -196,19 +196,19 @@ class Painter:
             geom.category = mujoco.mjtCatBit.mjCAT_STATIC  # decor would cast no shadow
             scene.ngeom += 1
         if look.light is not None:
-            colour, rotation = look.light
+            colour, turn = look.light
             pivot = eye + self._depth * forward
             for light in scene.lights[:scene.nlight]:
                 light.ambient[:] *= colour
                 light.diffuse[:] *= colour
                 if not light.headlight:
-                    light.pos[:] = pivot + rotation @ (light.pos - pivot)
-                    light.dir[:] = rotation @ light.dir
+                    light.pos[:] = pivot + turn @ (light.pos - pivot)
+                    light.dir[:] = turn @ light.dir
         if look.camera is not None:
-            rotation, zoom = look.camera
+            turn, zoom = look.camera
             right = np.empty(3)
             mujoco.mju_cross(right, forward, up)
-            _, new_up, new_back = rotation.T @ np.stack([right, up, -forward])
+            _, new_up, new_back = turn.T @ np.stack([right, up, -forward])
             for camera in cameras:
                 camera.pos[:] += self._depth * (forward + zoom * new_back)
                 camera.up[:], camera.forward[:] = new_up, -new_back

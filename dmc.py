@@ -94,9 +94,9 @@ class Camera:
     def render(self, context: np.ndarray | None = None) -> np.ndarray:
         """-> uint8 (im_size, im_size, 3), of the physics as it is now, in `context`."""
         Camera._gl.make_current()
-        if context is not self._uploaded:
+        if not np.array_equal(context, self._uploaded):
             self._painter.upload(context, self._gpu)
-            self._uploaded = context
+            self._uploaded = context.copy() if context is not None else None
         with self._painter.painted(context) if self._painter else contextlib.nullcontext():
             mujoco.mjv_updateScene(self._model, self._physics.data.ptr, self._option,
                                    self._perturb, self._view, mujoco.mjtCatBit.mjCAT_ALL,

@@ -11,9 +11,11 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -55,18 +57,18 @@ def draw_episode(seed: int, split: str, i: int, num_contexts: int, scenery: dict
                                    for _ in range(num_contexts)])
 
 
-def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: np.ndarray
+def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: Sequence
          ) -> tuple[np.ndarray, list[float]]:
     """One episode of the deterministic expert, from its start, seen by a camera for each context.
 
     Args:
-      cameras: `render(context)` -> uint8 (H, W, 3); looks: their contexts (C, DIM).
+      cameras: `render(context)` -> uint8 (H, W, 3); looks: their contexts, the same
+        objects throughout, so that textures are uploaded once an episode.
 
     Returns: frames uint8 (C, episode_len + 1, H, W, 3), and the reward of each step.
     """
     frames, rewards = [], []
     time_step = env.reset(episode_seed=episode_seed)
-    looks = list(looks)  # one array for each: cameras go by identity to see whether theirs changed
     while True:
         frames.append([camera.render(look) for camera, look in zip(cameras, looks, strict=True)])
         if len(rewards) == episode_len:
@@ -94,7 +96,7 @@ class Studio:
         cfg, root = self.cfg, Path(self.cfg.out_dir) / split
         episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
         frames, rewards = film(self.env, self.agent, self.cameras, cfg.episode_len, episode_seed,
-                               looks)
+                               list(looks))
         if i < NUM_PREVIEWS:
             labels = [f'{SPLITS[split]} context {c}' for c in range(len(frames))]
             video.save(root / f'preview_{i:05d}.mp4', video.side_by_side(frames, labels), self.fps)
@@ -177,6 +179,10 @@ def generate(cfg):
     for split in nums:
         check_same_settings(roots[split], metas[split])
     there = {split: set(video.episode_numbers(roots[split])) for split in nums}
+    # What would fail in every worker fails here: a wrong scenery, or episodes that are too short.
+    env = dmc.make(cfg.task_name, scenery=cfg.scenery, **{**env_args, 'obs': 'states'})
+    still = SimpleNamespace(act=lambda *_, **__: np.zeros(env.action_spec().shape))
+    film(env, still, [], cfg.episode_len, episode_seed=0, looks=[])
     num_missing = sum(max(0, nums[split] - len(there[split])) for split in nums)
     clip_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
     check_disk(Path(cfg.out_dir), num_missing * clip_bytes)

@@ -179,7 +179,7 @@ class FakeCamera:
 def test_film_with_one_camera_for_each_context():
     env = FakeEnv(length=3)  # may end with the clip, not before
     cameras = [FakeCamera(env), FakeCamera(env)]
-    frames, rewards = script.film(env, FakeAgent(), cameras, 3, 5, np.array([[0.0], [100.0]]))
+    frames, rewards = script.film(env, FakeAgent(), cameras, 3, 5, [[0], [100]])
     assert frames[:, :, 0, 0, 0].tolist() == [[5, 6, 7, 8], [105, 106, 107, 108]]
     assert frames.shape == (2, 4, 2, 2, 3) and frames.dtype == np.uint8
     assert rewards == [10.0, 70.0, 80.0]  # actions are 0 + 1, 6 + 1, 7 + 1
@@ -190,7 +190,7 @@ def test_film_with_one_camera_for_each_context():
 def test_film_of_an_episode_that_ends_too_early():
     env = FakeEnv(length=2)
     with pytest.raises(utils.UserError, match='ends after 2 steps: set episode_len=2 or less'):
-        script.film(env, FakeAgent(), [FakeCamera(env)], 3, 0, np.zeros((1, 1)))
+        script.film(env, FakeAgent(), [FakeCamera(env)], 3, 0, [[0]])
 
 
 @pytest.mark.parametrize('override, sentence', [
@@ -216,7 +216,8 @@ def test_episodes_without_their_settings(dataset, snapshot, tmp_path):
     ('task=reacher_hard', 'for task reacher_easy, not reacher_hard'),
     ('num_train=0', 'num_train=0'), ('num_valid=0', 'num_valid=0'),
     ('num_contexts=0', 'num_contexts=0'), ('episode_len=1', 'episode_len=1'),
-    ('num_workers=0', 'num_workers=0'),
+    ('num_workers=0', 'num_workers=0'), ('episode_len=501', 'set episode_len=500 or less'),
+    ('scenery.sky.value=[1,0]', 'scenery.sky.value'),
     ('num_train=1_000_000_000_000', 'GiB are free: set num_train')])
 def test_bad_settings_write_nothing(snapshot, tmp_path, override, sentence):
     out_dir = tmp_path / 'videos'
