@@ -11,11 +11,11 @@ BUDGET ?= full
 EXPERT_full      = num_train_frames=100_000
 VIDEOS_full      = num_train=300 num_valid=30
 TRANSLATOR_full  = num_train_steps=1000
-IMITATOR_full    = num_train_frames=100_000
-EXPERT_smoke     = num_train_frames=6_000
+IMITATOR_full    = num_train_frames=60_000
+EXPERT_smoke     = num_train_frames=3_000 num_seed_frames=2_000 num_eval_episodes=1
 VIDEOS_smoke     = num_train=8 num_valid=4 num_contexts=2
-TRANSLATOR_smoke = num_train_steps=20
-IMITATOR_smoke   = num_train_frames=6_000
+TRANSLATOR_smoke = num_train_steps=20 num_eval_clips=4
+IMITATOR_smoke   = num_train_frames=2_000 num_seed_frames=1_000 num_eval_episodes=2
 
 ifeq ($(EXPERT_$(BUDGET)),)
 $(error BUDGET=$(BUDGET) is neither full nor smoke)
@@ -57,7 +57,7 @@ RUN = demo_$(TASK)_$(BUDGET)
 SHIPPED_EXPERT = $(wildcard experts/$(TASK).pt)
 SHIPPED_TRANSLATOR = $(wildcard ct/$(TASK).pt)
 EXPERT = $(or $(SHIPPED_EXPERT),exp_local/$(RUN)/snapshot.pt)
-TRANSLATOR = $(or $(SHIPPED_TRANSLATOR),ct_local/$(RUN)/snapshot.pt)
+TRANSLATOR = $(or $(SHIPPED_TRANSLATOR),ct_local/$(RUN)/best.pt)
 
 demo: .venv
 	$(if $(SHIPPED_EXPERT),@echo 'expert: $(EXPERT) is shipped',\

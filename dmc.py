@@ -41,6 +41,8 @@ from dm_env import specs  # noqa: E402
 import contexts  # noqa: E402
 
 SHADOW_SIZE = 512  # the suite's 2048 costs three times the frame for a difference of 0.016/255
+# Of curved shapes, in context environments: half the frame's cost against the suite's (28, 16).
+CONTEXT_FACETS = (14, 7)
 
 
 def task_names() -> list[str]:
@@ -61,8 +63,8 @@ class Camera:
     """Films a physics into `im_size` x `im_size` RGB; one OpenGL context for the whole process.
 
     The buffer has the image's size and everything is kept between frames; otherwise the picture
-    is the suite's but for SHADOW_SIZE. A context is painted on for the moment of the render only:
-    the physics never notices.
+    is the suite's but for SHADOW_SIZE. With a painter it is coarser (CONTEXT_FACETS) and can be in
+    a context, which is painted on for the moment of the render only: the physics never notices.
 
     Raises: UserError where no OpenGL works.
     """
@@ -81,6 +83,8 @@ class Camera:
             atexit.register(Camera._gl.free)
         Camera._gl.make_current()
         model.vis.quality.shadowsize = SHADOW_SIZE
+        if painter:
+            model.vis.quality.numslices, model.vis.quality.numstacks = CONTEXT_FACETS
         model.vis.global_.offwidth = model.vis.global_.offheight = im_size
         self._gpu = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
@@ -306,7 +310,8 @@ class Imitation(Wrapper):
           env: `load_suite(..., scenery)`, its actions repeated as the expert's were.
           demos: `len`, `frames(i)` uint8 (C, T+1, H, W, 3), `episode(i)` dict: see `video.Clips`.
           translator: `encode(frame uint8 (H, W, 3))` -> (Z,), `translate(i, sources, first frame)`
-            -> features (T+1, Z), images uint8 (T+1, H, W, 3); `image_var`, of pixels in [0, 1].
+            -> features (T+1, Z), `decode()` -> images of that, uint8 (T+1, H, W, 3); `z_dim`;
+            `image_var`, how much pixels in [0, 1] vary within a demonstration.
         """
         super().__init__(env)
         self._demos, self._translator, self._im_size = demos, translator, im_size
@@ -334,7 +339,9 @@ class Imitation(Wrapper):
         self._env.reset(episode_seed=demo['episode_seed'],
                         context=np.asarray(demo['contexts'][own]))
         self._frame = self._env.render(self._im_size)
-        self._targets, self._images = self._translator.translate(i, sources, self._frame)
+        self._targets = self._translator.translate(i, sources, self._frame)
+        if self._w_img or self._evaluate:  # most of a reset's cost, and not always needed
+            self._images = self._translator.decode()
         self._features = deque(maxlen=self._num_frames)
         self._features.extend([self._translator.encode(self._frame)] * self._num_frames)
         self._step, self._source, self._ended = 0, clips[sources[0]], False

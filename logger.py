@@ -36,7 +36,7 @@ class Progress:
         self._clock, self._stream = clock, stream or sys.stdout
         self._rewrites = self._stream.isatty()
         self._line_open = False  # the cursor stands at the end of a line that is to be rewritten
-        self._shown_at = clock()
+        self._shown, self._shown_at = '', clock()
         self._samples = deque([(self._shown_at, done)])
 
     def update(self, done: int):
@@ -81,22 +81,26 @@ class Progress:
         now = self._samples[-1][0]
         if now - self._shown_at < (self.TERMINAL_EVERY if self._rewrites else self.PLAIN_EVERY):
             return
-        self._shown_at = now
+        self._shown, self._shown_at = str(self), now
         if self._rewrites:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be rewritten
-            self._write(str(self)[:width])
+            self._write(self._shown[:width])
         else:
-            self._write(f'{self}\n')
+            self._write(f'{self._shown}\n')
         self._line_open = self._rewrites
 
     def say(self, line: str):
-        """Write a line that stays."""
+        """Write a line that stays; it takes the place of the one that is rewritten."""
+        if self._line_open:
+            self._shown = ''
         self._write(f'{line}\n')
         self._line_open = False
 
     def close(self):
-        """Leave the final state standing."""
-        self.say(str(self))
+        """Leave the final state standing, once."""
+        if self._line_open or str(self) != self._shown:
+            self.say(str(self))
+            self._shown = str(self)
 
     def _write(self, text: str):
         self._stream.write(f'\r\x1b[K{text}' if self._line_open else text)

@@ -15,7 +15,7 @@ import dmc
 import utils
 import video
 from ac_agent import ACAgent
-from ct_model import ContextTranslator
+from ct_model import ContextTranslator, to_uint8
 from train import Workspace
 from utils import UserError
 
@@ -23,35 +23,20 @@ from utils import UserError
 class DemoTranslator:
     """A context translator at work on demonstrations: each is encoded once, when first drawn.
 
-    Features leave with zero mean and unit variance over the demonstrations, so that neither the
-    reward nor the agent depends on the scale at which a translator happened to settle.
+    Features leave with zero mean and unit variance, so that neither the reward nor the agent
+    depends on the scale at which a translator happened to settle.
     """
 
-    def __init__(self, model: ContextTranslator, clips: video.Clips, device: torch.device,
-                 stats: dict | None = None):
-        """`stats`: of another DemoTranslator, for features and rewards on the same scale."""
-        self.model, self._clips, self._device, self._encoded = model, clips, device, {}
+    def __init__(self, model: ContextTranslator, clips: video.Clips):
+        self.model, self._clips, self._encoded = model, clips, {}
+        self._device = model.feature_mean.device
         self.z_dim = model.z_dim
-        self.stats = stats or self._measure(range(min(len(clips), 50)))
-        self.image_var = self.stats['image_var']
-
-    @torch.no_grad()
-    def _measure(self, episodes) -> dict:
-        z = torch.cat([self._features(i).flatten(0, 1) for i in episodes])
-        motion = [np.mean(np.var(self._clips.frames(i)[0] / 255.0, axis=0)) for i in episodes]
-        return {'mean': z.mean(0), 'scale': z.var(0).mean().sqrt().clamp(min=1e-6),
-                'image_var': float(np.mean(motion))}
-
-    @torch.no_grad()
-    def _features(self, i: int) -> torch.Tensor:
-        """-> (C, T+1, Z), as the translator takes them."""
-        if i not in self._encoded:
-            frames = torch.from_numpy(np.array(self._clips.frames(i))).to(self._device)
-            self._encoded[i] = self.model.encode(frames)
-        return self._encoded[i]
+        self._scale = model.feature_var.mean().sqrt()
+        self.image_var = float(np.mean([np.var(clips.frames(i)[0] / 255.0, axis=0).mean()
+                                        for i in range(min(len(clips), 50))]))
 
     def _normalised(self, z: torch.Tensor) -> np.ndarray:
-        return ((z - self.stats['mean']) / self.stats['scale']).float().cpu().numpy()
+        return ((z - self.model.feature_mean) / self._scale).float().cpu().numpy()
 
     @torch.no_grad()
     def encode(self, frame: np.ndarray) -> np.ndarray:
@@ -59,22 +44,29 @@ class DemoTranslator:
         return self._normalised(self.model.encode(torch.from_numpy(frame).to(self._device)[None])[0])
 
     @torch.no_grad()
-    def translate(self, i: int, sources: list[int], first: np.ndarray
-                  ) -> tuple[np.ndarray, np.ndarray]:
-        """Demonstration i as it would look from `first` on: the mean over its source contexts.
+    def translate(self, i: int, sources: list[int], first: np.ndarray) -> np.ndarray:
+        """Demonstration i as it would go from `first` on: the mean over its source contexts.
 
         Args:
           first: uint8 (H, W, 3), the agent's first image.
 
-        Returns: features float32 (T+1, Z) and images uint8 (T+1, H, W, 3).
+        Returns: features float32 (T+1, Z).
         """
-        z1 = self._features(i)[sources]                                           # (n, T+1, Z)
-        context = self.model.context(torch.from_numpy(first).to(self._device)[None])
-        z3 = self.model.translate(z1.flatten(0, 1)[None], context)                # (1, n(T+1), Z)
-        images = self.model.decode(z3, context)[0]                                # (n(T+1), 3, H, W)
-        images = images.float().unflatten(0, z1.shape[:2]).mean(0)
-        images = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-        return self._normalised(z3[0].unflatten(0, z1.shape[:2]).mean(0)), images.cpu().numpy()
+        if i not in self._encoded:
+            frames = torch.from_numpy(np.array(self._clips.frames(i))).to(self._device)
+            self._encoded[i] = self.model.encode(frames)                       # (C, T+1, Z)
+        z1 = self._encoded[i][sources]                                         # (n, T+1, Z)
+        self._context = self.model.context(torch.from_numpy(first).to(self._device)[None])
+        # The n videos share the context: to the translator they are one clip of n (T+1) frames.
+        self._z3 = self.model.translate(z1.flatten(0, 1)[None], self._context).unflatten(
+            1, z1.shape[:2])                                                   # (1, n, T+1, Z)
+        return self._normalised(self._z3[0].mean(0))
+
+    @torch.no_grad()
+    def decode(self) -> np.ndarray:
+        """The images of what was translated last, averaged: uint8 (T+1, H, W, 3)."""
+        images = self.model.decode(self._z3.flatten(1, 2), self._context)[0]   # (n(T+1), 3, H, W)
+        return to_uint8(images.unflatten(0, self._z3.shape[1:3]).mean(0)).cpu().numpy()
 
 
 def film_demonstrations(cfg):
@@ -99,8 +91,7 @@ def report(workspace: Workspace, env: dmc.Imitation, num_videos: int = 5) -> str
             clips[-1].append(env.panels(64))
     frames = [panels for clip in clips for panels in [*clip, *[clip[-1]] * 10]]
     path = workspace.work_dir / 'demo.mp4'
-    video.save(path, video.side_by_side([np.stack([panels[label] for panels in frames])
-                                         for label in frames[0]], list(frames[0])))
+    video.save(path, video.panels_side_by_side(frames))
     span = result['expert_return'] - result['random_return']
     score = (result['task_return'] - result['random_return']) / span if span else float('nan')
     text = (f"| {workspace.cfg.task_name}, held-out episodes and contexts | |\n|---|---|\n"
@@ -115,8 +106,8 @@ def report(workspace: Workspace, env: dmc.Imitation, num_videos: int = 5) -> str
     return f'\n{text}\nvideo: {path}\ntable: {workspace.work_dir / "report.md"}'
 
 
-def make_env(cfg, clips: video.Clips, translator: DemoTranslator, evaluate: bool) -> dmc.Imitation:
-    meta = clips.meta
+def make_env(cfg, clips: video.Clips, model: ContextTranslator, evaluate: bool) -> dmc.Imitation:
+    meta, translator = clips.meta, DemoTranslator(model, clips)
     env = dmc.ActionRepeat(dmc.load_suite(cfg.task_name, meta['scenery']), meta['action_repeat'])
     return dmc.Imitation(env, clips, translator, meta['im_size'], cfg.num_frames,
                          list(cfg.lookahead), cfg.time_power, cfg.w_feature, cfg.w_img, evaluate)
@@ -141,10 +132,8 @@ def main(cfg):
         raise UserError(f'{root} shows each episode in one context only; one more is needed for '
                         f'the agent: python generate_expert_video.py task={cfg.task_name} '
                         'num_contexts=4 out_dir=<another folder>.')
-    translator = DemoTranslator(model, train_clips, device)
-    train_env = make_env(cfg, train_clips, translator, evaluate=False)
-    eval_env = make_env(cfg, valid_clips, DemoTranslator(model, valid_clips, device,
-                                                         translator.stats), evaluate=True)
+    train_env = make_env(cfg, train_clips, model, evaluate=False)
+    eval_env = make_env(cfg, valid_clips, model, evaluate=True)
     agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True), z_dim=model.z_dim,
                       obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0])

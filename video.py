@@ -88,7 +88,7 @@ def _caption(label: str, width: int) -> np.ndarray:
 class VideoRecorder:
     """Films an evaluation episode into <work_dir>/eval_video/; `work_dir` None films nothing.
 
-    Frames are `env.render(im_size)`: uint8 (im_size, im_size, 3).
+    What is filmed are `env.panels(im_size)`, caption -> uint8 (H, W, 3), side by side.
     """
 
     def __init__(self, work_dir: str | Path | None, im_size: int = PANEL, fps: float = 20):
@@ -103,11 +103,17 @@ class VideoRecorder:
 
     def record(self, env):
         if self._enabled:
-            self._frames.append(env.render(self._im_size))
+            self._frames.append(env.panels(self._im_size))
 
     def save(self, file_name: str):
         if self._enabled:
-            save(self._folder / file_name, np.stack(self._frames), self._fps)
+            save(self._folder / file_name, panels_side_by_side(self._frames), self._fps)
+
+
+def panels_side_by_side(frames: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
+    """`side_by_side` of what `env.panels` gave at each step."""
+    clips = [np.stack([panels[label] for panels in frames]) for label in frames[0]]
+    return side_by_side(clips, list(frames[0]))
 
 
 def frames_path(root: str | Path, i: int) -> Path:
@@ -153,7 +159,7 @@ class Clips:
     Args:
       root: the split's folder, e.g. videos/reacher_hard/train.
       task, im_size: what the videos must be of; None takes any.
-      min_clips: the least number of episodes that must be there.
+      min_clips: the least number of episodes that must be there; max_clips: the most to open.
       min_len: the least number of steps (frames after the first) of a clip.
 
     Raises: UserError where something is missing, damaged, of another task, size or format, too few
@@ -161,7 +167,7 @@ class Clips:
     """
 
     def __init__(self, root: str | Path, task: str | None = None, im_size: int | None = None,
-                 min_clips: int = 1, min_len: int = 1):
+                 min_clips: int = 1, min_len: int = 1, max_clips: int | None = None):
         self.root = Path(root)
         command = f"python generate_expert_video.py task={task or '<task>'}"
         if not (self.root / 'meta.json').exists():
@@ -180,7 +186,7 @@ class Clips:
         if meta['episode_len'] < min_len:
             raise UserError(f"{self.root} holds clips of {meta['episode_len']} steps, fewer than "
                             f'{min_len}: remove it and {command} episode_len={min_len}.')
-        self._paths = [frames_path(self.root, i) for i in episode_numbers(self.root)]
+        self._paths = [frames_path(self.root, i) for i in episode_numbers(self.root)[:max_clips]]
         if len(self) < min_clips:
             raise UserError(f'{self.root} holds {len(self)} clips, fewer than {min_clips}: '
                             f"{command} num_{meta['split']}={min_clips}.")

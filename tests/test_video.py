@@ -12,9 +12,9 @@ class FakeEnv:
     def __init__(self):
         self.rendered = 0
 
-    def render(self, im_size):
+    def panels(self, im_size):
         self.rendered += 1
-        return np.full((im_size, im_size, 3), self.rendered - 1, np.uint8)
+        return {'agent': np.full((im_size, im_size, 3), self.rendered - 1, np.uint8)}
 
 
 def make_dataset(root, num=3, **changes):
