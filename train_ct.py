@@ -228,7 +228,9 @@ def train(cfg, work_dir: Path):
         logger.log_metrics(metrics, step)
 
         last = step == cfg.num_train_steps
-        if last or step % cfg.log_every == 0:
+        snapshot_now = last or step % cfg.snapshot_every == 0
+        # with each snapshot too: means over steps before and after it would not survive a kill
+        if snapshot_now or step % cfg.log_every == 0:
             logger.log_metrics({'total_time': timer.total()}, step)
             logger.dump(step)
         if last or step % cfg.eval_every == 0:
@@ -241,7 +243,7 @@ def train(cfg, work_dir: Path):
                 best = scores['trans']
                 utils.save_snapshot(best_path, 'translator', cfg.task_name, {
                     **made, 'model': model.state_dict(), 'step': step, 'scores': scores})
-        if last or step % cfg.snapshot_every == 0:
+        if snapshot_now:
             utils.save_snapshot(path, 'translator', cfg.task_name, {
                 **made, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
                 'sampler': sampler.rng.bit_generator.state, 'step': step, 'best': best,
