@@ -40,6 +40,22 @@ def leaky(x: torch.Tensor) -> torch.Tensor:
     return F.leaky_relu(x, 0.2)
 
 
+def initialise(module: nn.Module):
+    """He et al. 2015: activations keep their scale through all layers.
+
+    With PyTorch's own initialisation features start at a variance of 1e-4, and for some thousand
+    steps nothing passes through them: all images come out alike.
+    """
+    if isinstance(module, nn.ConvTranspose2d):  # 1 in stride^2 of the kernel meets an output pixel
+        fan_in = module.weight[:, 0].numel() / module.stride[0] ** 2
+    elif isinstance(module, (nn.Conv2d, nn.Linear)):
+        fan_in = module.weight[0].numel()
+    else:
+        return
+    nn.init.normal_(module.weight, std=(2 / (1 + 0.2 ** 2) / fan_in) ** 0.5)
+    nn.init.zeros_(module.bias)
+
+
 class Encoder(nn.Module):
     """Images float (N, 3, H, W) -> features (N, z_dim), and the maps of all levels for skips."""
 
@@ -80,7 +96,11 @@ class SkipDeconv(nn.ConvTranspose2d):
 
 
 class Decoder(nn.Module):
-    """Features (N*T, z_dim) and skips of N clips -> images (N*T, 3, H, W) in about [-1, 1]."""
+    """Features (N*T, z_dim), skips of N clips and their first frames -> images (N*T, 3, H, W).
+
+    The last level is a skip as well: the first frame itself, over which the decoder lays what it
+    draws through a mask. What stands still need not be drawn anew.
+    """
 
     def __init__(self, im_size: int, channels: list[int], kernel: int, hidden: int, z_dim: int):
         super().__init__()
@@ -89,21 +109,25 @@ class Decoder(nn.Module):
         self.hidden, self.out = nn.Linear(z_dim, hidden), nn.Linear(hidden, size)
         self.deconvs = nn.ModuleList(
             SkipDeconv(in_channels, out_channels, kernel)
-            for in_channels, out_channels in zip(channels[::-1], [*channels[-2::-1], 3],
+            for in_channels, out_channels in zip(channels[::-1], [*channels[-2::-1], 4],
                                                  strict=True))
 
-    def forward(self, z: torch.Tensor, skips: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, skips: list[torch.Tensor], first: torch.Tensor
+                ) -> torch.Tensor:
         x = leaky(self.out(leaky(self.hidden(z)))).unflatten(1, self.shape).permute(0, 3, 1, 2)
         for deconv, skip in zip(self.deconvs[:-1], skips[:0:-1], strict=True):
             x = leaky(deconv(x, skip))
-        return self.deconvs[-1](x, skips[0])
+        drawn, mask = self.deconvs[-1](x, skips[0]).float().unflatten(0, (len(first), -1)).split(
+            [3, 1], dim=2)
+        return torch.lerp(first[:, None], drawn, mask.sigmoid()).flatten(0, 1)
 
 
 class Context(NamedTuple):
-    """What Enc2 says of N clips' first frames: z2 (N, z_dim), and the maps of each level."""
+    """What Enc2 says of N clips' first frames: z2 (N, z_dim), the maps of each level, the frames."""
 
     z2: torch.Tensor
     skips: list[torch.Tensor]
+    first: torch.Tensor
 
 
 class ContextTranslator(nn.Module):
@@ -134,10 +158,14 @@ class ContextTranslator(nn.Module):
         self.im_size, self.z_dim = im_size, z_dim
         sizes = (im_size, list(channels), kernel, hidden, z_dim)
         self.enc1, self.enc2, self.dec = Encoder(*sizes), Encoder(*sizes), Decoder(*sizes)
+        self.norm = nn.BatchNorm1d(z_dim, affine=False)
         self.translator = nn.Sequential(nn.Linear(2 * z_dim, hidden), nn.LeakyReLU(0.2),
                                         nn.Linear(hidden, z_dim))
         self.register_buffer('feature_mean', torch.zeros(z_dim))
         self.register_buffer('feature_var', torch.ones(z_dim))
+        self.apply(initialise)
+        # The first pictures are near the first frames, over which they are laid.
+        nn.init.normal_(self.dec.deconvs[-1].weight, std=0.01)
         self.to(memory_format=torch.channels_last)
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
@@ -147,7 +175,8 @@ class ContextTranslator(nn.Module):
 
     def context(self, first: torch.Tensor) -> Context:
         """Enc2: the first frames of N clips, uint8 (N, H, W, 3) -> their context."""
-        return Context(*self.enc2(to_float(first)))
+        first = to_float(first)
+        return Context(*self.enc2(first), first)
 
     def translate(self, z1: torch.Tensor, context: Context) -> torch.Tensor:
         """T: z1 (N, T, z_dim) of any context -> z3 (N, T, z_dim) in `context`."""
@@ -156,7 +185,7 @@ class ContextTranslator(nn.Module):
 
     def decode(self, z: torch.Tensor, context: Context) -> torch.Tensor:
         """Dec: z (N, T, z_dim) -> images (N, T, 3, H, W) in about [-1, 1]; see `to_uint8`."""
-        return self.dec(z.flatten(0, 1), context.skips).unflatten(0, z.shape[:2])
+        return self.dec(z.flatten(0, 1), *context[1:]).unflatten(0, z.shape[:2])
 
     def losses(self, source: torch.Tensor, target: torch.Tensor, first: torch.Tensor,
                trans: float = 1.0, rec: float = 1.0, align: float = 1 / 346,

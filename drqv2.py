@@ -195,8 +195,9 @@ class DrQV2Agent:
             next_features = self.encoder(next_obs)
         metrics = self.update_critic(features, action, reward, discount, next_features, stddev)
         metrics |= self.update_actor(features.detach(), stddev)
-        torch._foreach_lerp_(list(self.critic_target.parameters()),
-                             list(self.critic.parameters()), self.critic_target_tau)
+        with torch.no_grad():  # else the target would carry the graph of all updates along
+            torch._foreach_lerp_(list(self.critic_target.parameters()),
+                                 list(self.critic.parameters()), self.critic_target_tau)
         return {'batch_reward': reward.mean(), **metrics}
 
     def update_critic(self, features, action, reward, discount, next_features, stddev):

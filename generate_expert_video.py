@@ -7,7 +7,6 @@ workers, and a generation that was interrupted, or is asked for more episodes, g
 import functools
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -154,15 +153,6 @@ def check_same_settings(root: Path, meta: dict):
                             f'{mend}.')
 
 
-def check_disk(root: Path, num_bytes: int):
-    """Raises: UserError when the disk of `root` lacks `num_bytes`."""
-    parent = next(p for p in (root, *root.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if num_bytes > free:
-        raise UserError(f'the videos need {num_bytes / 2**30:.1f} GiB in {root}, where '
-                        f'{free / 2**30:.1f} GiB are free: set num_train or num_contexts lower.')
-
-
 def generate(cfg):
     """Bring both splits to num_train and num_valid episodes; what is there already stays.
 
@@ -185,7 +175,8 @@ def generate(cfg):
     film(env, still, [], cfg.episode_len, episode_seed=0, looks=[])
     num_missing = sum(max(0, nums[split] - len(there[split])) for split in nums)
     clip_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
-    check_disk(Path(cfg.out_dir), num_missing * clip_bytes)
+    utils.check_disk(cfg.out_dir, num_missing * clip_bytes, 'the dataset',
+                     'set num_train or num_contexts lower')
 
     for split, root in roots.items():
         video.write_json(root / 'meta.json', metas[split])
@@ -229,7 +220,7 @@ def main(cfg):
         print(f'{clips.root}: {len(clips)} episodes, each in {cfg.num_contexts} {split_contexts} '
               f'contexts; return of the expert {np.mean(returns):.4g} +- {np.std(returns):.2g}')
     print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\n'
-          f'next: python train_ct.py task={cfg.task_name}')
+          f'next: python train_ct.py task={cfg.task_name} data_dir={cfg.out_dir}')
 
 
 if __name__ == '__main__':

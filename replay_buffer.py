@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from dm_env import specs
 
+import utils
 from utils import UserError
 
 
@@ -43,8 +44,11 @@ class ReplayBuffer:
                   'reward': ((), np.float32), 'discount': ((), np.float32),
                   'first': ((), np.int64), 'last': ((), np.int64)}
         self._root = Path(root)
-        check_disk(self._root, self._size * sum(
-            int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values()))
+        row_bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize
+                        for shape, dtype in layout.values())
+        there = sum(path.stat().st_size for path in self._root.glob('*.npy'))
+        utils.check_disk(self._root, self._size * row_bytes - there, 'the replay buffer',
+                         'set replay_buffer_size lower')
         self._root.mkdir(parents=True, exist_ok=True)
         self._rows = {}
         for name, (shape, dtype) in layout.items():
@@ -137,13 +141,3 @@ class ReplayBuffer:
         """Delete the files: a finished run has no more use for them."""
         self._rows.clear()
         shutil.rmtree(self._root)
-
-
-def check_disk(root: Path, num_bytes: int):
-    """Raises: UserError when the disk of `root` lacks `num_bytes` that are not there already."""
-    parent = next(p for p in (root, *root.absolute().parents) if p.exists())
-    there = sum(path.stat().st_size for path in root.glob('*.npy'))
-    free = shutil.disk_usage(parent).free
-    if num_bytes - there > free:
-        raise UserError(f'the replay buffer needs {num_bytes / 2**30:.1f} GiB in {root}, where '
-                        f'{free / 2**30:.1f} GiB are free: set replay_buffer_size lower.')

@@ -50,7 +50,7 @@ class Workspace:
             discount=cfg.discount, frame_stack=cfg.frame_stack if len(obs_shape) == 3 else 1,
             slack=snapshot_steps + 2000, seed=cfg.seed, device=device)
         self.elapsed, self.last_eval_step = 0.0, None
-        if utils.snapshot_exists(self.snapshot_path):
+        if utils.newest_snapshot(self.snapshot_path):
             self.load_snapshot()
         self.timer = utils.Timer(self.elapsed)
         self.logger = Logger(work_dir, total=cfg.num_train_frames, resume_step=self.global_frame,
@@ -118,8 +118,8 @@ class Workspace:
             **self.train_env.episode_info}, self.global_frame, 'train')
         self.logger.dump(self.global_frame, 'train')
 
-    def eval(self) -> dict[str, float]:
-        """The mean over episodes whose seeds are the same at every evaluation."""
+    def eval(self):
+        """Into `last_eval`, means over episodes whose seeds are the same at every evaluation."""
         for episode in range(self.cfg.num_eval_episodes):
             time_step = self.eval_env.reset(
                 episode_seed=utils.derive_seed(self.cfg.seed, EVAL, episode))
@@ -137,7 +137,7 @@ class Workspace:
                                      **self.eval_env.episode_info}, self.global_frame, 'eval')
         self.logger.log_metrics({'total_time': self.timer.total()}, self.global_frame, 'eval')
         self.last_eval_step = self.global_step
-        return self.logger.dump(self.global_frame, 'eval')
+        self.last_eval = self.logger.dump(self.global_frame, 'eval')
 
     def finish(self):
         """The last evaluation and snapshot; the replay buffer has served."""

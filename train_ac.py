@@ -80,8 +80,7 @@ def film_demonstrations(cfg):
 
 def report(workspace: Workspace, env: dmc.Imitation, num_videos: int = 5) -> str:
     """Write report.md and demo.mp4 into the run's folder: what came of it, to read and to see."""
-    result = workspace.eval()
-    clips = []
+    result, clips = workspace.last_eval, []
     for episode in range(num_videos):
         time_step = env.reset(episode_seed=utils.derive_seed(workspace.cfg.seed, 1, episode))
         clips.append([env.panels(64)])

@@ -197,7 +197,7 @@ def train(cfg, work_dir: Path):
 
     path, best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'
     step, best, elapsed = 0, float('inf'), 0.0
-    if utils.snapshot_exists(path):
+    if utils.newest_snapshot(path):
         state = utils.load_snapshot(path, 'translator', cfg.task_name, remedy='start a new run')
         if state['model_args'] != model_args:
             raise UserError(f'the run in {work_dir} was started with another model: resume it with '

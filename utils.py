@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -98,6 +99,15 @@ def require_at_least(cfg, minimum: int, *keys: str):
             raise UserError(f'{key}={cfg[key]} is below {minimum}: set {key}={minimum} or more.')
 
 
+def check_disk(folder: str | Path, num_bytes: int, what: str, mend: str):
+    """Raises: UserError when the disk on which `folder` is, or will be, lacks the bytes."""
+    parent = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if num_bytes > free:
+        raise UserError(f'{what} in {folder} needs {num_bytes / 2**30:.1f} GiB and '
+                        f'{free / 2**30:.1f} GiB are free: {mend}.')
+
+
 def set_seed_everywhere(seed: int):
     torch.manual_seed(seed)
     np.random.seed(seed)
@@ -175,8 +185,8 @@ def eval_mode(*modules: torch.nn.Module):
             module.train(training)
 
 
-def sha256(path: str | Path) -> str:
-    with open(path, 'rb') as file:
+def sha256(snapshot: str | Path) -> str:
+    with open(newest_snapshot(snapshot), 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
@@ -235,9 +245,9 @@ def previous(path: Path) -> Path:
     return path.with_name(f'{path.stem}.prev{path.suffix}')
 
 
-def snapshot_exists(path: Path) -> bool:
-    # A kill between the two renames of `save_snapshot` leaves only the previous one.
-    return path.exists() or previous(path).exists()
+def newest_snapshot(path: str | Path) -> Path | None:
+    """`path`, or what a kill between the two renames of `save_snapshot` leaves, or None."""
+    return next((p for p in (Path(path), previous(Path(path))) if p.exists()), None)
 
 
 def load_snapshot(path: str | Path, kind: str, task: str | None = None,
@@ -247,9 +257,8 @@ def load_snapshot(path: str | Path, kind: str, task: str | None = None,
     Raises: UserError where it is missing, truncated, pickled code, of another format, kind or
       task; `remedy` is the command that the sentence recommends.
     """
-    path = Path(path)
-    found = path if path.exists() else previous(path)
-    if not found.exists():
+    found = newest_snapshot(path)
+    if found is None:
         raise UserError(f'there is no {kind} at {path}: {remedy}.')
     try:
         payload = torch.load(found, map_location='cpu', weights_only=True)

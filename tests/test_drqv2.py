@@ -116,6 +116,7 @@ def test_update_equals_the_plain_one(obs_shape):
         critic_loss, actor_loss = plain_update(plain, replay.batch, step, seed=step)
         assert metrics['critic_loss'].item() == pytest.approx(critic_loss, rel=1e-4)
         assert metrics['actor_loss'].item() == pytest.approx(actor_loss, rel=1e-3, abs=1e-5)
+    assert not any(p.requires_grad for p in agent.critic_target.parameters())  # no graph grows
     for name in ('encoder', 'actor', 'critic', 'critic_target'):
         for one, other in zip(getattr(agent, name).parameters(), getattr(plain, name).parameters(),
                               strict=True):

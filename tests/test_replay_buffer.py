@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from dm_env import StepType, TimeStep
 
-import replay_buffer
+import utils
 from fakes import FakeEnv
 from replay_buffer import ReplayBuffer
 from utils import UserError
@@ -131,7 +131,7 @@ def test_another_size_is_refused(tmp_path):
 
 
 def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(replay_buffer.shutil, 'disk_usage', lambda _: type('', (), {'free': 10}))
+    monkeypatch.setattr(utils.shutil, 'disk_usage', lambda _: type('', (), {'free': 10}))
     with pytest.raises(UserError, match='replay_buffer_size'):
         make(tmp_path / 'buffer')
     assert not (tmp_path / 'buffer').exists()

@@ -56,7 +56,7 @@ def test_snapshots_keep_the_previous_one_and_survive_its_loss(tmp_path):
     save(path, 2)
     assert utils.load_snapshot(path, 'expert', 'reacher_hard')['value'] == 2
     path.unlink()  # as a kill between the two renames would leave it
-    assert utils.snapshot_exists(path)
+    assert utils.newest_snapshot(path)
     assert utils.load_snapshot(path, 'expert', 'reacher_hard')['value'] == 1
 
 
