@@ -24,7 +24,7 @@ class TrackingEncoder(nn.Module):
 
 
 class ACAgent(DrQV2Agent):
-    """Learns as DrQ-v2 does, from `dmc.Imitation`'s observations; no task reward ever reaches it."""
+    """Learns as DrQ-v2 does, from `dmc.Imitation`'s observations; task rewards never reach it."""
 
     def __init__(self, obs_shape, action_dim: int, z_dim: int, **drqv2_args):
         """

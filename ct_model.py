@@ -123,7 +123,7 @@ class Decoder(nn.Module):
 
 
 class Context(NamedTuple):
-    """What Enc2 says of N clips' first frames: z2 (N, z_dim), the maps of each level, the frames."""
+    """Of N clips' first frames: Enc2's z2 (N, z_dim), its maps of each level, the frames."""
 
     z2: torch.Tensor
     skips: list[torch.Tensor]

@@ -126,8 +126,9 @@ class DrQV2Agent:
     """Acts, and updates from replayed batches; `update` returns metrics as 0-d tensors."""
 
     def __init__(self, obs_shape, action_dim: int, device='cpu', lr: float = 1e-4,
-                 feature_dim: int | None = 50, hidden_dim: int = 1024, critic_target_tau: float = 0.01,
-                 num_expl_steps: int = 2000, update_every_steps: int = 2,
+                 feature_dim: int | None = 50, hidden_dim: int = 1024,
+                 critic_target_tau: float = 0.01, num_expl_steps: int = 2000,
+                 update_every_steps: int = 2,
                  stddev_schedule: str = 'linear(1.0,0.1,500000)', stddev_clip: float = 0.3):
         """
         Args:

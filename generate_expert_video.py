@@ -128,7 +128,8 @@ def describe(cfg, split: str, env_args: dict) -> dict:
             'contexts': SPLITS[split], 'im_size': cfg.im_size, 'episode_len': cfg.episode_len,
             'num_contexts': cfg.num_contexts, 'action_repeat': env_args['action_repeat'],
             'seed': cfg.seed, 'scenery': OmegaConf.to_container(cfg.scenery, resolve=True),
-            'quality': [dmc.SHADOW_SIZE, *dmc.CONTEXT_FACETS], 'expert_sha256': utils.sha256(cfg.snapshot),
+            'quality': [dmc.SHADOW_SIZE, *dmc.CONTEXT_FACETS],
+            'expert_sha256': utils.sha256(cfg.snapshot),
             'versions': utils.versions()}
 
 

@@ -50,13 +50,14 @@ class ReplayBuffer:
         utils.check_disk(self._root, self._size * row_bytes - there, 'the replay buffer',
                          'set replay_buffer_size lower')
         self._root.mkdir(parents=True, exist_ok=True)
-        self._rows = {}
+        self._rows, self._fresh = {}, not list(self._root.glob('*.npy'))
         for name, (shape, dtype) in layout.items():
             path = self._root / f'{name}.npy'
             if path.exists():
                 self._rows[name] = np.lib.format.open_memmap(path, 'r+')
             else:
-                self._rows[name] = np.lib.format.open_memmap(path, 'w+', dtype, (self._size, *shape))
+                self._rows[name] = np.lib.format.open_memmap(path, 'w+', dtype,
+                                                             (self._size, *shape))
         self._end = 0     # rows of whole episodes ever written
         self._cursor = 0  # rows ever written
 
@@ -111,7 +112,7 @@ class ReplayBuffer:
         return start
 
     def _stacked(self, time: np.ndarray) -> np.ndarray:
-        """-> (B, *obs): the frames up to `time`, an episode's first standing in for earlier ones."""
+        """-> (B, *obs): frames up to `time`, an episode's first standing in for earlier ones."""
         first = self._rows['first'][time % self._size]
         back = np.arange(-self._stack + 1, 1)
         rows = np.maximum(time[:, None] + back, first[:, None]) % self._size
@@ -134,6 +135,9 @@ class ReplayBuffer:
             raise UserError(f"the replay buffer in {self._root} has {state['size']} rows, not the "
                             f'{self._size} of this configuration: resume with the options that the '
                             'run was started with, or start a new run.')
+        if self._fresh and state['end']:
+            raise UserError(f'the replay buffer that belongs in {self._root} is gone (a finished '
+                            'run removes it): start a new run.')
         self._end = self._cursor = state['end']
         self._rng.bit_generator.state = state['rng']
 

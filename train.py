@@ -52,6 +52,7 @@ class Workspace:
         self.elapsed, self.last_eval_step = 0.0, None
         if utils.newest_snapshot(self.snapshot_path):
             self.load_snapshot()
+        self.first_step = self.global_step
         self.timer = utils.Timer(self.elapsed)
         self.logger = Logger(work_dir, total=cfg.num_train_frames, resume_step=self.global_frame,
                              use_tb=cfg.use_tb)
@@ -143,7 +144,8 @@ class Workspace:
         """The last evaluation and snapshot; the replay buffer has served."""
         if self.last_eval_step != self.global_step:
             self.eval()
-        self.save_snapshot()
+        if self.global_step > self.first_step:
+            self.save_snapshot()
         self.replay_buffer.remove()
         self.logger.close()
 
@@ -164,8 +166,9 @@ class Workspace:
                             f"{', '.join(differs)}: resume it with the same options, or start a "
                             'new run.')
         self.agent.load_state_dict(state['agent'])
-        self.replay_buffer.load_state_dict(state['replay_buffer'])
         self.global_step, self.global_episode = state['global_step'], state['global_episode']
+        if self.global_step < self.num_train_steps:
+            self.replay_buffer.load_state_dict(state['replay_buffer'])
         self.elapsed = state['elapsed']
         utils.set_rng_states(state['rng'])
 

@@ -41,7 +41,8 @@ class DemoTranslator:
     @torch.no_grad()
     def encode(self, frame: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3) -> float32 (Z,)."""
-        return self._normalised(self.model.encode(torch.from_numpy(frame).to(self._device)[None])[0])
+        frames = torch.from_numpy(frame).to(self._device)[None]
+        return self._normalised(self.model.encode(frames)[0])
 
     @torch.no_grad()
     def translate(self, i: int, sources: list[int], first: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ import dmc
 import utils
 
 CFGS = Path(__file__).parent.parent / 'cfgs'
-TIERS = {'easy': (1_100_000, 100_000), 'medium': (3_100_000, 500_000), 'hard': (30_100_000, 2_000_000)}
+TIERS = {'easy': (1_100_000, 100_000), 'medium': (3_100_000, 500_000),
+         'hard': (30_100_000, 2_000_000)}
 FILES = sorted(path.stem for path in (CFGS / 'task').glob('*.yaml') if path.stem not in TIERS)
 
 
@@ -39,7 +40,8 @@ def test_suite_tasks_without_a_file_compose_as_well(task):
 
 
 def test_the_papers_hyperparameters():
-    for task, tier in (('finger_spin', 'easy'), ('reacher_hard', 'medium'), ('humanoid_run', 'hard')):
+    for task, tier in (('finger_spin', 'easy'), ('reacher_hard', 'medium'),
+                       ('humanoid_run', 'hard')):
         cfg = cfg_of('train', f'task={task}')
         frames, decay = TIERS[tier]
         assert cfg.num_train_frames == frames

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 from dm_env import StepType, TimeStep, test_utils
+from fakes import FakeDemos, FakeEnv, FakeTranslator
 
 import contexts
 import dmc
-from fakes import FakeDemos, FakeEnv, FakeTranslator
 from utils import UserError
 
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 from dm_env import StepType, TimeStep
+from fakes import FakeEnv
 
 import utils
-from fakes import FakeEnv
 from replay_buffer import ReplayBuffer
 from utils import UserError
 

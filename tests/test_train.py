@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import FakeEnv
 from omegaconf import OmegaConf
 
 import utils
 from drqv2 import DrQV2Agent
-from fakes import FakeEnv
 from train import Workspace
 from utils import UserError
 
@@ -101,6 +101,15 @@ def test_the_end_of_a_run(tmp_path):
     frames = [int(row['frame']) for row in rows(tmp_path / 'eval.csv')]
     assert frames == [0, 100, 200, 300, 400]
     assert workspace.global_step == 200
+
+
+def test_a_finished_run_can_be_looked_at_again_but_not_prolonged(tmp_path):
+    make(tmp_path, pixels=False).train()
+    before = weights(tmp_path)
+    make(tmp_path, pixels=False).train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
+    with pytest.raises(UserError, match='start a new run'):
+        make(tmp_path, pixels=False, num_train_frames=500)
 
 
 def test_videos_are_filmed(tmp_path):
