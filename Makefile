@@ -7,15 +7,15 @@ TASK ?= reacher_hard
 BUDGET ?= full
 
 # What a budget buys, as overrides of each script: full is at most 20 minutes on two cores without
-# a GPU, smoke about 2. To be cut to size by what the scripts cost.
-EXPERT_full      = num_train_frames=100_000
-VIDEOS_full      = num_train=300 num_valid=30
-TRANSLATOR_full  = num_train_steps=1000
-IMITATOR_full    = num_train_frames=60_000
-EXPERT_smoke     = num_train_frames=3_000 num_seed_frames=2_000 num_eval_episodes=1
-VIDEOS_smoke     = num_train=8 num_valid=4 num_contexts=2
-TRANSLATOR_smoke = num_train_steps=20 num_eval_clips=4
-IMITATOR_smoke   = num_train_frames=2_000 num_seed_frames=1_000 num_eval_episodes=2
+# a GPU, smoke about 2.
+EXPERT_full      = num_train_frames=300_000
+VIDEOS_full      = num_train=200 num_valid=50
+TRANSLATOR_full  = num_train_steps=1500
+IMITATOR_full    = num_train_frames=160_000
+EXPERT_smoke     = num_train_frames=6_000
+VIDEOS_smoke     = num_train=8 num_valid=4
+TRANSLATOR_smoke = num_train_steps=20
+IMITATOR_smoke   = num_train_frames=6_000 num_eval_episodes=4
 
 ifeq ($(EXPERT_$(BUDGET)),)
 $(error BUDGET=$(BUDGET) is neither full nor smoke)

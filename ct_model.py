@@ -158,13 +158,12 @@ class ContextTranslator(nn.Module):
         self.im_size, self.z_dim = im_size, z_dim
         sizes = (im_size, list(channels), kernel, hidden, z_dim)
         self.enc1, self.enc2, self.dec = Encoder(*sizes), Encoder(*sizes), Decoder(*sizes)
-        self.norm = nn.BatchNorm1d(z_dim, affine=False)
         self.translator = nn.Sequential(nn.Linear(2 * z_dim, hidden), nn.LeakyReLU(0.2),
                                         nn.Linear(hidden, z_dim))
         self.register_buffer('feature_mean', torch.zeros(z_dim))
         self.register_buffer('feature_var', torch.ones(z_dim))
         self.apply(initialise)
-        # The first pictures are near the first frames, over which they are laid.
+        # Training begins with the first frames, dimmed, instead of noise laid over them.
         nn.init.normal_(self.dec.deconvs[-1].weight, std=0.01)
         self.to(memory_format=torch.channels_last)
 

@@ -29,18 +29,25 @@ def probe_gl() -> str:
     return 'off'
 
 
-if 'MUJOCO_GL' not in os.environ:  # a user's choice stands
+if not os.environ.get('MUJOCO_GL'):  # a user's choice stands
     os.environ['MUJOCO_GL'] = probe_gl()
 
-import dm_env  # noqa: E402  (these read MUJOCO_GL)
-import mujoco  # noqa: E402
-import numpy as np  # noqa: E402
-from dm_control import suite  # noqa: E402
-from dm_env import specs  # noqa: E402
+try:
+    import dm_env
+    import mujoco
+    import numpy as np
+    from dm_control import suite  # these read MUJOCO_GL
+    from dm_env import specs
 
-import contexts  # noqa: E402
+    import contexts
+except (RuntimeError, AttributeError, ImportError) as error:
+    if isinstance(error, ModuleNotFoundError):
+        raise
+    raise UserError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work here: unset it, or "
+                    'apt-get install libegl1 libgl1-mesa-dri.') from error
 
 SHADOW_SIZE = 512  # the suite's 2048 costs three times the frame for a difference of 0.016/255
+MAX_EPISODE_STEPS = 1000  # the suite's lqr tasks would go on for ever
 # Of curved shapes, in context environments: half the frame's cost against the suite's (28, 16).
 CONTEXT_FACETS = (14, 7)
 
@@ -63,14 +70,15 @@ class Camera:
     """Films a physics into `im_size` x `im_size` RGB; one OpenGL context for the whole process.
 
     The buffer has the image's size and everything is kept between frames; otherwise the picture
-    is the suite's but for SHADOW_SIZE. With a painter it is coarser (CONTEXT_FACETS) and can be in
-    a context, which is painted on for the moment of the render only: the physics never notices.
+    is the suite's but for SHADOW_SIZE and `facets`, of curved shapes. With a painter it can be in a
+    context, which is painted on for the moment of the render only: the physics never notices.
 
     Raises: UserError where no OpenGL works.
     """
     _gl = None
 
-    def __init__(self, physics, im_size: int, camera_id: int, painter=None):
+    def __init__(self, physics, im_size: int, camera_id: int, painter=None,
+                 facets: tuple[int, int] = (28, 16)):
         self._physics, self._painter = physics, painter
         self._model = model = physics.model.ptr
         if Camera._gl is None:
@@ -83,8 +91,7 @@ class Camera:
             atexit.register(Camera._gl.free)
         Camera._gl.make_current()
         model.vis.quality.shadowsize = SHADOW_SIZE
-        if painter:
-            model.vis.quality.numslices, model.vis.quality.numstacks = CONTEXT_FACETS
+        model.vis.quality.numslices, model.vis.quality.numstacks = facets
         model.vis.global_.offwidth = model.vis.global_.offheight = im_size
         self._gpu = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
@@ -175,13 +182,18 @@ class SuiteEpisodes(Wrapper):
         return self._env.step(self._low + self._scale * (action + 1.0))
 
     def camera(self, im_size: int) -> Camera:
-        return Camera(self._env.physics, im_size, self.camera_id, self.painter)
+        """Another camera on the same physics, for films: coarser where there are contexts."""
+        if self.painter is None:
+            return Camera(self._env.physics, im_size, self.camera_id)
+        return Camera(self._env.physics, im_size, self.camera_id, self.painter, CONTEXT_FACETS)
 
     def render(self, im_size: int) -> np.ndarray:
         """-> uint8 (im_size, im_size, 3), in the episode's context."""
-        if im_size not in self._cameras:
-            self._cameras[im_size] = self.camera(im_size)
-        return self._cameras[im_size].render(self._context)
+        plain = self._context is None  # then the picture is what an expert was trained on
+        if (im_size, plain) not in self._cameras:
+            self._cameras[im_size, plain] = Camera(
+                self._env.physics, im_size, self.camera_id) if plain else self.camera(im_size)
+        return self._cameras[im_size, plain].render(self._context)
 
     def panels(self, im_size: int) -> dict[str, np.ndarray]:
         """What a video of the episode shows side by side: caption -> uint8 (H, W, 3)."""
@@ -259,6 +271,7 @@ def load_suite(task_name: str, scenery=None, seed: int = 0) -> SuiteEpisodes:
     """The bare task, able to film itself; `scenery` (cfg) makes it fit for visual contexts."""
     domain, task = split_name(task_name)
     env = suite.load(domain, task, task_kwargs={'random': seed})
+    env._step_limit = min(env._step_limit, MAX_EPISODE_STEPS)
     camera_id = 2 if domain == 'quadruped' else 0  # as in DrQ-v2: 0 is inside the quadruped
     painter = contexts.prepare(env, scenery, camera_id) if scenery is not None else None
     return SuiteEpisodes(env, camera_id, painter, seed)

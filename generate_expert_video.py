@@ -148,7 +148,7 @@ def check_same_settings(root: Path, meta: dict):
             raise UserError(f'{root} holds episodes but no meta.json to say of what: {mend}.')
         return
     here, there = flat(meta), flat(video.read_json(root / 'meta.json'))
-    for key in sorted(here.keys() | there.keys()):
+    for key in sorted(here.keys() | there.keys() - {'num_episodes'}):
         if here.get(key) != there.get(key):
             raise UserError(f'{root} was made with {key}={there.get(key)}, not {here.get(key)}: '
                             f'{mend}.')
@@ -174,13 +174,15 @@ def generate(cfg):
     env = dmc.make(cfg.task_name, scenery=cfg.scenery, **{**env_args, 'obs': 'states'})
     still = SimpleNamespace(act=lambda *_, **__: np.zeros(env.action_spec().shape))
     film(env, still, [], cfg.episode_len, episode_seed=0, looks=[])
+    env.camera(16)  # and so does an OpenGL that does not work
     num_missing = sum(max(0, nums[split] - len(there[split])) for split in nums)
     clip_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
     utils.check_disk(cfg.out_dir, num_missing * clip_bytes, 'the dataset',
                      'set num_train or num_contexts lower')
 
     for split, root in roots.items():
-        video.write_json(root / 'meta.json', metas[split])
+        num_episodes = max(nums[split], len(there[split]))
+        video.write_json(root / 'meta.json', metas[split] | {'num_episodes': num_episodes})
         for leftover in root.glob('.tmp-*'):  # of a generation that was killed
             leftover.unlink()
     jobs = [(split, i) for split in nums for i in range(nums[split]) if i not in there[split]]

@@ -18,8 +18,8 @@ class ReplayBuffer:
     uniformly: a start within `nstep` of the end gets the return up to the end, so that returns
     never cross episodes and the last steps of a short horizon are learned as well.
 
-    The rows are memory-mapped files: memory is the page cache's to give and take, and a kill loses
-    at most the episode in progress. `slack` rows beyond `capacity` keep what a run that goes back
+    The rows are memory-mapped files: memory is the page cache's to give and take, and nothing of a
+    whole episode is lost in a kill. `slack` rows beyond `capacity` keep what a run that goes back
     to its last snapshot still has to sample.
     """
 
@@ -29,7 +29,7 @@ class ReplayBuffer:
         """
         Args:
           obs_spec: of the stacked observation; its first axis is `frame_stack` frames.
-          capacity: transitions to sample from, in agent steps.
+          capacity: rows to sample from; an episode takes one more than it has steps.
           slack: at least the steps between two snapshots and one episode.
 
         Raises:
@@ -46,18 +46,21 @@ class ReplayBuffer:
         self._root = Path(root)
         row_bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize
                         for shape, dtype in layout.values())
-        there = sum(path.stat().st_size for path in self._root.glob('*.npy'))
+        # In blocks: the files are sparse, and what was never written is not there yet.
+        there = sum(path.stat().st_blocks * 512 for path in self._root.glob('*.npy'))
         utils.check_disk(self._root, self._size * row_bytes - there, 'the replay buffer',
                          'set replay_buffer_size lower')
         self._root.mkdir(parents=True, exist_ok=True)
-        self._rows, self._fresh = {}, not list(self._root.glob('*.npy'))
+        self._rows, self._fresh = {}, False
         for name, (shape, dtype) in layout.items():
-            path = self._root / f'{name}.npy'
-            if path.exists():
-                self._rows[name] = np.lib.format.open_memmap(path, 'r+')
-            else:
-                self._rows[name] = np.lib.format.open_memmap(path, 'w+', dtype,
-                                                             (self._size, *shape))
+            path, shape = self._root / f'{name}.npy', (self._size, *shape)
+            try:
+                rows = np.lib.format.open_memmap(path, 'r+')
+                if rows.shape != shape or rows.dtype != dtype:
+                    raise ValueError
+            except (OSError, ValueError):  # not there, cut short, or of other settings
+                rows, self._fresh = np.lib.format.open_memmap(path, 'w+', dtype, shape), True
+            self._rows[name] = rows
         self._end = 0     # rows of whole episodes ever written
         self._cursor = 0  # rows ever written
 
@@ -123,21 +126,17 @@ class ReplayBuffer:
         """Where the ring and its sampler stand; the rows are on disk once this returns."""
         for rows in self._rows.values():
             rows.flush()
-        return {'end': self._end, 'rng': self._rng.bit_generator.state, 'size': self._size}
+        return {'end': self._end, 'rng': self._rng.bit_generator.state}
 
     def load_state_dict(self, state: dict):
         """Go back to a state; rows written since are not seen, and written again.
 
         Raises:
-          UserError: the files in the folder are not the ring that `state` speaks of.
+          UserError: the folder did not hold the ring that `state` speaks of.
         """
-        if state['size'] != self._size or any(len(r) != self._size for r in self._rows.values()):
-            raise UserError(f"the replay buffer in {self._root} has {state['size']} rows, not the "
-                            f'{self._size} of this configuration: resume with the options that the '
-                            'run was started with, or start a new run.')
         if self._fresh and state['end']:
-            raise UserError(f'the replay buffer that belongs in {self._root} is gone (a finished '
-                            'run removes it): start a new run.')
+            raise UserError(f'the replay buffer that belongs in {self._root} is gone, as a finished '
+                            'run removes it, or of other sizes: start a new run.')
         self._end = self._cursor = state['end']
         self._rng.bit_generator.state = state['rng']
 

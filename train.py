@@ -16,6 +16,7 @@ from utils import UserError
 from video import VideoRecorder
 
 TRAIN, EVAL = 0, 1  # streams of episode seeds
+LONGEST_EPISODE = 1001  # rows in the ring
 
 
 class Workspace:
@@ -31,10 +32,13 @@ class Workspace:
           made_by: plain values to keep in the snapshot: where inputs came from.
         """
         utils.require_at_least(cfg, 1, 'num_train_frames', 'batch_size', 'nstep', 'action_repeat',
-                               'num_eval_episodes', 'replay_buffer_size', 'snapshot_every_frames')
+                               'num_eval_episodes', 'replay_buffer_size', 'snapshot_every_frames',
+                               'frame_stack', 'im_size')
         self.cfg, self.work_dir, self.kind = cfg, work_dir, kind
         self.train_env, self.eval_env = train_env, eval_env
-        self.agent_args, self.made_by = agent_args, made_by
+        self.agent_args = agent_args
+        self.made_by = made_by | {key: cfg[key] for key in (
+            'seed', 'nstep', 'discount', 'batch_size', 'action_repeat')}
         self.snapshot_path = work_dir / 'snapshot.pt'
         self.global_step = self.global_episode = 0
 
@@ -42,13 +46,17 @@ class Workspace:
         utils.set_seed_everywhere(cfg.seed)
         self.agent = agent_class(**agent_args, device=device)
         self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
-        snapshot_steps = cfg.snapshot_every_frames // cfg.action_repeat
+        if not self.num_train_steps:
+            raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
+                            f'{cfg.action_repeat} frames: set it higher.')
+        # in rows of the ring: at worst, with episodes of one step, there are two to a step
+        since_snapshot = 2 * (cfg.snapshot_every_frames // cfg.action_repeat)
         obs_shape = train_env.observation_spec().shape
         self.replay_buffer = ReplayBuffer(
             work_dir / 'buffer', train_env.observation_spec(), train_env.action_spec(),
-            capacity=min(cfg.replay_buffer_size, self.num_train_steps + 2000), nstep=cfg.nstep,
+            capacity=min(cfg.replay_buffer_size, 2 * self.num_train_steps), nstep=cfg.nstep,
             discount=cfg.discount, frame_stack=cfg.frame_stack if len(obs_shape) == 3 else 1,
-            slack=snapshot_steps + 2000, seed=cfg.seed, device=device)
+            slack=since_snapshot + 2 * LONGEST_EPISODE, seed=cfg.seed, device=device)
         self.elapsed, self.last_eval_step = 0.0, None
         if utils.newest_snapshot(self.snapshot_path):
             self.load_snapshot()
@@ -93,7 +101,7 @@ class Workspace:
                 # need not restore one that is half played.
                 self.global_episode += 1
                 log_now, eval_now, snapshot_now = [check(self.global_step) for check in every]
-                if log_now:
+                if log_now or snapshot_now:  # means over both sides of it would not survive a kill
                     self.log_episode()
                 if eval_now:
                     self.eval()
@@ -159,12 +167,8 @@ class Workspace:
     def load_snapshot(self):
         state = utils.load_snapshot(self.snapshot_path, self.kind, self.cfg.task_name,
                                     remedy='start a new run')
-        if state['agent_args'] != self.agent_args:
-            differs = [key for key in self.agent_args
-                       if state['agent_args'].get(key) != self.agent_args[key]]
-            raise UserError(f"the run in {self.work_dir} was started with another "
-                            f"{', '.join(differs)}: resume it with the same options, or start a "
-                            'new run.')
+        utils.check_same_run(self.work_dir, {**state['agent_args'], **state['made_by']},
+                             {**self.agent_args, **self.made_by})
         self.agent.load_state_dict(state['agent'])
         self.global_step, self.global_episode = state['global_step'], state['global_episode']
         if self.global_step < self.num_train_steps:
@@ -184,12 +188,13 @@ def main(cfg):
     work_dir = utils.work_dir()
     train_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     eval_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
+    if cfg.obs == 'pixels' or cfg.save_video:
+        train_env.camera(16)  # where no OpenGL works, say so now
     agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True),
                       obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0])
-    made_by = {'seed': cfg.seed, 'env_args': env_args(cfg)}
     workspace = Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent, agent_args,
-                          made_by)
+                          {'env_args': env_args(cfg)})
     workspace.train()
     print(f'snapshot: {workspace.snapshot_path}\n'
           f'to film it: python utils.py slim {workspace.snapshot_path} '

@@ -16,7 +16,7 @@ import utils
 import video
 from ac_agent import ACAgent
 from ct_model import ContextTranslator, to_uint8
-from train import Workspace
+from train import EVAL, Workspace
 from utils import UserError
 
 
@@ -70,11 +70,12 @@ class DemoTranslator:
         return to_uint8(images.unflatten(0, self._z3.shape[1:3]).mean(0)).cpu().numpy()
 
 
-def film_demonstrations(cfg):
-    """Let the expert film what is to be imitated."""
+def film_demonstrations(cfg, im_size: int):
+    """Let the expert film what is to be imitated; it goes on where it was interrupted."""
     command = [sys.executable, str(Path(__file__).parent / 'generate_expert_video.py'),
                f'task={cfg.task_name}', f'snapshot={cfg.expert}', f'out_dir={cfg.data_dir}',
-               f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}']
+               f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}',
+               f'im_size={im_size}', f'seed={cfg.seed}']
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)
 
@@ -83,7 +84,7 @@ def report(workspace: Workspace, env: dmc.Imitation, num_videos: int = 5) -> str
     """Write report.md and demo.mp4 into the run's folder: what came of it, to read and to see."""
     result, clips = workspace.last_eval, []
     for episode in range(num_videos):
-        time_step = env.reset(episode_seed=utils.derive_seed(workspace.cfg.seed, 1, episode))
+        time_step = env.reset(episode_seed=utils.derive_seed(workspace.cfg.seed, EVAL, episode))
         clips.append([env.panels(64)])
         while not time_step.last():
             action = workspace.agent.act(time_step.observation, workspace.global_step, True)
@@ -113,9 +114,14 @@ def make_env(cfg, clips: video.Clips, model: ContextTranslator, evaluate: bool) 
                          list(cfg.lookahead), cfg.time_power, cfg.w_feature, cfg.w_img, evaluate)
 
 
-@utils.main('train_ac')
-def main(cfg):
-    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames')
+def imitate(cfg, work_dir: Path) -> str:
+    """The whole run -> what to print at its end.
+
+    Raises: UserError for bad settings, translator or demonstrations, before anything is trained.
+    """
+    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames', 'num_train_frames')
+    if min(cfg.w_feature, cfg.w_img) < 0 or not cfg.w_feature + cfg.w_img:
+        raise UserError('w_feature and w_img must not be negative, nor both 0: set w_feature=1.')
     device = utils.pick_device(cfg.device)
     made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name,
                                remedy=f'python train_ct.py task={cfg.task_name}')
@@ -123,26 +129,41 @@ def main(cfg):
     model.load_state_dict(made['model'])
     model.to(device).eval()
     root = Path(cfg.data_dir)
-    if not (root / 'train/meta.json').exists():
-        film_demonstrations(cfg)
-    im_size = made['model_args']['im_size']
-    train_clips = video.Clips(root / 'train', cfg.task_name, im_size, max_clips=cfg.num_demos)
-    valid_clips = video.Clips(root / 'valid', cfg.task_name, im_size, max_clips=cfg.num_eval_demos)
-    if train_clips.meta['num_contexts'] < 2:
+    if not video.is_whole(root / 'train') or not video.is_whole(root / 'valid'):
+        film_demonstrations(cfg, model.im_size)
+    train_clips, valid_clips = (
+        video.Clips(root / split, cfg.task_name, model.im_size, max_clips=max_clips)
+        for split, max_clips in (('train', cfg.num_demos), ('valid', cfg.num_eval_demos)))
+    meta = train_clips.meta
+    if meta['num_contexts'] < 2:
         raise UserError(f'{root} shows each episode in one context only; one more is needed for '
                         f'the agent: python generate_expert_video.py task={cfg.task_name} '
                         'num_contexts=4 out_dir=<another folder>.')
+    if meta['action_repeat'] != cfg.action_repeat:
+        raise UserError(f"the expert of {root} repeats its actions {meta['action_repeat']} times, "
+                        f"not {cfg.action_repeat}: set action_repeat={meta['action_repeat']}.")
+    if meta['versions']['mujoco'] != utils.versions()['mujoco']:
+        raise UserError(f"{root} was filmed with MuJoCo {meta['versions']['mujoco']}, which draws "
+                        f"otherwise than {utils.versions()['mujoco']}: remove it, and "
+                        f'python generate_expert_video.py task={cfg.task_name}.')
     train_env = make_env(cfg, train_clips, model, evaluate=False)
     eval_env = make_env(cfg, valid_clips, model, evaluate=True)
     agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True), z_dim=model.z_dim,
                       obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0])
-    made_by = {'seed': cfg.seed, 'translator_sha256': utils.sha256(cfg.snapshot),
-               'expert_sha256': train_clips.meta['expert_sha256']}
-    workspace = Workspace(cfg, utils.work_dir(), 'imitator', train_env, eval_env, ACAgent,
+    made_by = {'translator_sha256': utils.sha256(cfg.snapshot),
+               'expert_sha256': meta['expert_sha256'], 'num_demos': len(train_clips),
+               'lookahead': list(cfg.lookahead), 'num_frames': cfg.num_frames,
+               **{key: cfg[key] for key in ('time_power', 'w_feature', 'w_img')}}
+    workspace = Workspace(cfg, work_dir, 'imitator', train_env, eval_env, ACAgent,
                           agent_args, made_by)
     workspace.train()
-    print(f'snapshot: {workspace.snapshot_path}', report(workspace, eval_env), sep='\n')
+    return f'snapshot: {workspace.snapshot_path}\n{report(workspace, eval_env)}'
+
+
+@utils.main('train_ac')
+def main(cfg):
+    print(imitate(cfg, utils.work_dir()))
 
 
 if __name__ == '__main__':

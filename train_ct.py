@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
@@ -195,13 +196,16 @@ def train(cfg, work_dir: Path):
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == 'bf16')
 
+    made_by = {'weights': weights, 'expert_sha256': clips.meta['expert_sha256'],
+               'num_clips': len(clips), 'videos': clips.meta['versions'],
+               **{key: cfg[key] for key in ('seed', 'pairs', 'batch_size', 'frames_per_clip',
+                                            'augment_colours', 'precision')}}
     path, best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'
     step, best, elapsed = 0, float('inf'), 0.0
     if utils.newest_snapshot(path):
         state = utils.load_snapshot(path, 'translator', cfg.task_name, remedy='start a new run')
-        if state['model_args'] != model_args:
-            raise UserError(f'the run in {work_dir} was started with another model: resume it with '
-                            'the same options, or start a new run.')
+        utils.check_same_run(work_dir, {**state['model_args'], **state['made_by']},
+                             {**model_args, **made_by})
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
         sampler.rng.bit_generator.state = state['sampler']
@@ -209,9 +213,7 @@ def train(cfg, work_dir: Path):
         utils.set_rng_states(state['rng'])
     timer = utils.Timer(elapsed)
     logger = Logger(work_dir, cfg.num_train_steps, 'step', step, cfg.use_tb)
-    made = {'model_args': model_args, 'made_by': {
-        'seed': cfg.seed, 'pairs': cfg.pairs, 'weights': weights,
-        'expert_sha256': clips.meta['expert_sha256'], 'num_clips': len(clips)}}
+    made = {'model_args': model_args, 'made_by': made_by}
 
     while step < cfg.num_train_steps:
         # draw pairs of clips
@@ -223,6 +225,8 @@ def train(cfg, work_dir: Path):
             loss, metrics = model.losses(*batch, **weights)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        # Batches differ: without this, one that is far off can undo a thousand steps.
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         optimizer.step()
         step += 1
         logger.log_metrics(metrics, step)
@@ -257,7 +261,7 @@ def main(cfg):
     train(cfg, work_dir)
     print(f'snapshot: {work_dir / "best.pt"}\n'
           f'next: python utils.py slim {work_dir / "best.pt"} ct/{cfg.task_name}.pt && '
-          f'python train_ac.py task={cfg.task_name}')
+          f'python train_ac.py task={cfg.task_name} data_dir={cfg.data_dir}')
 
 
 if __name__ == '__main__':

@@ -153,6 +153,12 @@ def read_json(path: Path) -> dict:
         raise _damaged(path) from error
 
 
+def is_whole(root: str | Path) -> bool:
+    """Whether a split is there, with all the episodes that were ordered."""
+    meta = Path(root) / 'meta.json'
+    return meta.exists() and len(episode_numbers(root)) >= read_json(meta)['num_episodes']
+
+
 class Clips:
     """A split of a demonstration dataset: checked when opened, its frames read lazily.
 
@@ -186,6 +192,10 @@ class Clips:
         if meta['episode_len'] < min_len:
             raise UserError(f"{self.root} holds clips of {meta['episode_len']} steps, fewer than "
                             f'{min_len}: remove it and {command} episode_len={min_len}.')
+        if not is_whole(self.root):
+            raise UserError(f"{self.root} lacks some of its {meta['num_episodes']} episodes, since "
+                            f'filming was interrupted: {command} goes on with it, given the same '
+                            'options.')
         self._paths = [frames_path(self.root, i) for i in episode_numbers(self.root)[:max_clips]]
         if len(self) < min_clips:
             raise UserError(f'{self.root} holds {len(self)} clips, fewer than {min_clips}: '

@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import dm_env
 import numpy as np
@@ -10,6 +13,8 @@ from fakes import FakeDemos, FakeEnv, FakeTranslator
 import contexts
 import dmc
 from utils import UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 class Contract(test_utils.EnvironmentTestMixin, parameterized.TestCase):
@@ -137,7 +142,15 @@ def test_no_working_gl_is_told_in_a_sentence(monkeypatch):
         dmc.make('reacher_hard').reset()
 
 
-def test_a_users_choice_of_gl_stands_and_others_are_probed(monkeypatch):
+@pytest.mark.parametrize('choice', ['off', ''])
+def test_a_users_choice_of_gl_stands(choice):
+    code = "import os, dmc; print(os.environ['MUJOCO_GL'])"
+    run = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'MUJOCO_GL': choice},
+                         cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == (choice or os.environ['MUJOCO_GL'])
+
+
+def test_gl_backends_are_probed(monkeypatch):
     tried = []
     def run(command, env, **_):
         tried.append(env['MUJOCO_GL'])

@@ -126,7 +126,9 @@ def test_slack_keeps_what_the_last_snapshot_still_samples(tmp_path):
 
 def test_another_size_is_refused(tmp_path):
     state = make(tmp_path).state_dict()
-    with pytest.raises(UserError, match='rows'):
+    play(make(tmp_path), FakeEnv(), 1)
+    state = state | {'end': 11}
+    with pytest.raises(UserError, match='start a new run'):
         make(tmp_path, capacity=50).load_state_dict(state)
 
 

@@ -12,6 +12,7 @@ import torch
 from fakes import FakeEnv
 from omegaconf import OmegaConf
 
+import train
 import utils
 from drqv2 import DrQV2Agent
 from train import Workspace
@@ -53,8 +54,8 @@ def make(work_dir, pixels, env=None, **changes):
                      FakeEnv(pixels=pixels), DrQV2Agent, agent_args, {'seed': 1})
 
 
-def weights(work_dir):
-    agent = utils.load_snapshot(work_dir / 'snapshot.pt', 'expert')['agent']
+def weights(work_dir, kind='expert'):
+    agent = utils.load_snapshot(work_dir / 'snapshot.pt', kind)['agent']
     return {f'{part}.{name}': value for part in ('encoder', 'actor', 'critic', 'critic_target')
             for name, value in agent[part].items()}
 
@@ -65,12 +66,16 @@ def rows(path):
                 for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize('pixels', [False, True])
-def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels):
-    make(tmp_path / 'whole', pixels).train()
+@pytest.mark.parametrize('pixels, changes', [
+    (False, {}), (True, {}), (False, {'replay_buffer_size': 60, 'snapshot_every_frames': 100})])
+def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels, changes,
+                                                               monkeypatch):
+    if changes:  # the ring goes round: no more than what is needed may lie beyond its capacity
+        monkeypatch.setattr(train, 'LONGEST_EPISODE', 11)
+    make(tmp_path / 'whole', pixels, **changes).train()
     with pytest.raises(Killed):
-        make(tmp_path / 'killed', pixels, DyingEnv(pixels, 157)).train()
-    resumed = make(tmp_path / 'killed', pixels)
+        make(tmp_path / 'killed', pixels, DyingEnv(pixels, 157), **changes).train()
+    resumed = make(tmp_path / 'killed', pixels, **changes)
     assert 0 < resumed.global_step < 157
     resumed.train()
     whole, again = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
@@ -140,14 +145,17 @@ def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     def run(name):
         return subprocess.Popen([*command, f'hydra.run.dir={tmp_path / name}'], env=env,
-                                stdout=subprocess.DEVNULL)
+                                stdout=subprocess.PIPE, text=True)
     whole, killed = run('whole'), run('killed')
     deadline = time.monotonic() + 120
     while not (tmp_path / 'killed/snapshot.pt').exists():
         assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert run('killed').wait() == 0 and whole.wait() == 0
+    killed.communicate()
+    resumed = run('killed')
+    assert 'eval at frame 0 ' not in resumed.communicate()[0]  # it went on, and began not anew
+    assert 'eval at frame 0 ' in whole.communicate()[0]
+    assert resumed.returncode == whole.returncode == 0
     before, after = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
     assert all(torch.equal(before[name], after[name]) for name in before)

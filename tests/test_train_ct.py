@@ -27,7 +27,8 @@ def film(root, split='train', num_episodes=5, num_contexts=3, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     video.write_json(folder / 'meta.json', {
         'format': utils.FORMAT, 'task': 'fake_walk', 'split': split, 'im_size': SIZE,
-        'episode_len': LENGTH, 'num_contexts': num_contexts, 'expert_sha256': '0'})
+        'episode_len': LENGTH, 'num_contexts': num_contexts, 'num_episodes': num_episodes,
+        'expert_sha256': '0', 'versions': utils.versions()})
     for i in range(num_episodes):
         place = rng.integers(1, SIZE - 5, (2, 2))
         frames = np.empty((num_contexts, LENGTH + 1, SIZE, SIZE, 3), np.uint8)
@@ -188,6 +189,15 @@ def test_what_a_run_leaves(data, tmp_path):
 
     train(cfg, tmp_path)  # nothing is left to do
     assert rows(tmp_path / 'eval.csv') == scores
+
+
+def test_the_best_stays_the_best_over_a_resume(data, tmp_path):
+    train(config(data, 'num_train_steps=4'), tmp_path)
+    train(config(data, 'num_train_steps=8', 'lr=10'), tmp_path)  # all is lost
+    best, last = (utils.load_snapshot(tmp_path / name, 'translator')
+                  for name in ('best.pt', 'snapshot.pt'))
+    assert best['step'] == 4 and last['step'] == 8
+    assert best['scores']['trans'] == last['best']
 
 
 def test_examination(data):

@@ -47,7 +47,7 @@ def test_atomic_write_leaves_nothing_half_written(tmp_path):
 
 
 def save(path, value, kind='expert', task='reacher_hard'):
-    utils.save_snapshot(path, kind, task, {'value': torch.tensor(value)})
+    utils.save_snapshot(path, kind, task, {'value': torch.tensor(value), 'made_by': {}})
 
 
 def test_snapshots_keep_the_previous_one_and_survive_its_loss(tmp_path):
@@ -92,7 +92,8 @@ def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
 def test_slim_keeps_what_acting_needs(tmp_path):
     agent = {name: {'w': torch.ones(2)} for name in ('encoder', 'actor', 'critic', 'actor_opt')}
     utils.save_snapshot(tmp_path / 'run.pt', 'expert', 'reacher_hard',
-                        {'agent': agent, 'agent_args': {'obs_shape': [6]}, 'global_step': 5})
+                        {'agent': agent, 'agent_args': {'obs_shape': [6]}, 'made_by': {},
+                         'global_step': 5})
     utils.slim(tmp_path / 'run.pt', tmp_path / 'slim.pt')
     slim = utils.load_snapshot(tmp_path / 'slim.pt', 'expert', 'reacher_hard')
     assert slim['agent'].keys() == {'encoder', 'actor'}

@@ -20,7 +20,7 @@ class FakeEnv:
 def make_dataset(root, num=3, **changes):
     """Episodes of 4 steps in 2 contexts; the frames of episode i are all i."""
     meta = {'format': utils.FORMAT, 'task': 'reacher_hard', 'split': 'train', 'im_size': 8,
-            'episode_len': 4, 'num_contexts': 2, **changes}
+            'episode_len': 4, 'num_contexts': 2, 'num_episodes': num, **changes}
     video.write_json(root / 'meta.json', meta)
     for i in range(num):
         video.write_episode(root, i, np.full((2, 5, 8, 8, 3), i, np.uint8), {'expert_return': i})

@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from test_cfgs import CFGS
+from test_train import Killed, rows, weights
+
+import contexts
+import dmc
+import train_ac
+import utils
+import video
+from ac_agent import ACAgent
+from ct_model import ContextTranslator, to_uint8
+from train import Workspace
+from train_ac import DemoTranslator
+from utils import UserError
+
+LENGTH, SIZE = 4, 16
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ContextTranslator(im_size=SIZE, channels=(4, 4, 4, 4), z_dim=4, hidden=8).eval()
+
+
+@pytest.fixture
+def data_dir(tmp_path, scenery):
+    rng = np.random.default_rng(0)
+    for split, kind in (('train', 'seen'), ('valid', 'held_out')):
+        root = tmp_path / 'videos' / split
+        for i in range(2):
+            video.write_episode(root, i, rng.integers(
+                0, 256, (3, LENGTH + 1, SIZE, SIZE, 3), dtype=np.uint8), {
+                'episode_seed': i, 'expert_return': 5.0, 'rewards': [1.0] * LENGTH,
+                'contexts': [contexts.sample(rng, kind, scenery).tolist() for _ in range(3)]})
+        video.write_json(root / 'meta.json', {
+            'format': utils.FORMAT, 'task': 'reacher_hard', 'split': split, 'im_size': SIZE,
+            'episode_len': LENGTH, 'num_contexts': 3, 'action_repeat': 2, 'scenery': scenery,
+            'num_episodes': 2, 'expert_sha256': 'none', 'versions': utils.versions()})
+    return tmp_path / 'videos'
+
+
+def test_translation_is_the_mean_over_sources_in_the_agents_context(model, data_dir):
+    clips = video.Clips(data_dir / 'train')
+    with torch.no_grad():
+        model.measure_features(torch.from_numpy(np.array(clips.frames(0))))
+    translator, first = DemoTranslator(model, clips), np.array(clips.frames(1)[0, 0])
+    features, images = translator.translate(1, [1, 2], first), translator.decode()
+    expected, pictures = [], []
+    with torch.no_grad():
+        for source in (1, 2):
+            context = model.context(torch.from_numpy(first)[None])
+            z1 = model.encode(torch.from_numpy(np.array(clips.frames(1)[source]))[None])
+            z3 = model.translate(z1, context)
+            expected.append(z3[0])
+            pictures.append(model.decode(z3, context)[0])
+    mean = (sum(expected) / 2 - model.feature_mean) / model.feature_var.mean().sqrt()
+    np.testing.assert_allclose(features, mean, atol=1e-4)
+    assert abs(images.astype(int) - to_uint8(sum(pictures) / 2).numpy()).max() <= 1
+    frame = np.array(clips.frames(1)[2, 3])
+    np.testing.assert_allclose(translator.encode(frame), (
+        model.encode(torch.from_numpy(frame)[None])[0].detach() - model.feature_mean
+    ) / model.feature_var.mean().sqrt(), atol=1e-5)
+
+
+def test_demonstrations_are_encoded_once(model, data_dir, monkeypatch):
+    translator = DemoTranslator(model, video.Clips(data_dir / 'train'))
+    encoded = []
+    encode = model.encode
+    monkeypatch.setattr(model, 'encode', lambda frames: encoded.append(1) or encode(frames))
+    for _ in range(3):
+        translator.translate(0, [1], np.zeros((SIZE, SIZE, 3), np.uint8))
+    assert len(encoded) == 1
+
+
+@pytest.fixture
+def cfg(data_dir):
+    with initialize_config_dir(str(CFGS), version_base='1.3'):
+        return compose('train_ac', [
+            f'data_dir={data_dir}', 'device=cpu', 'use_tb=false', 'save_video=false',
+            'num_train_frames=160', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
+            'num_eval_episodes=2', 'log_every_frames=8', 'snapshot_every_frames=48',
+            'lookahead=[1,2]', 'agent.num_expl_steps=10', 'w_img=0.5'])
+
+
+def make(cfg, model, work_dir):
+    work_dir.mkdir(exist_ok=True)
+    envs = [train_ac.make_env(cfg, video.Clips(f'{cfg.data_dir}/{split}'), model, split == 'valid')
+            for split in ('train', 'valid')]
+    agent_args = dict(obs_shape=[4 * 5 + 1], action_dim=2, z_dim=4, hidden_dim=16, feature_dim=None,
+                      num_expl_steps=10)
+    return Workspace(cfg, work_dir, 'imitator', *envs, ACAgent, agent_args, {})
+
+
+def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, model, tmp_path):
+    make(cfg, model, tmp_path / 'whole').train()
+    killed = make(cfg, model, tmp_path / 'killed')
+    step, taken = killed.train_env.step, []
+    def dying_step(action):
+        taken.append(action)
+        if len(taken) == 58:
+            raise Killed
+        return step(action)
+    killed.train_env.step = dying_step
+    with pytest.raises(Killed):
+        killed.train()
+    resumed = make(cfg, model, tmp_path / 'killed')
+    assert 0 < resumed.global_step < 58
+    resumed.train()
+    whole, again = (weights(tmp_path / name, 'imitator') for name in ('whole', 'killed'))
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    for name in ('train.csv', 'eval.csv'):
+        assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
+
+
+def test_the_report_says_how_it_compares(cfg, model, tmp_path):
+    workspace = make(cfg, model, tmp_path / 'run')
+    workspace.train()
+    text = train_ac.report(workspace, workspace.eval_env, num_videos=1)
+    assert (tmp_path / 'run/report.md').exists() and (tmp_path / 'run/demo.mp4').exists()
+    result = workspace.last_eval
+    assert result['expert_return'] == 5.0
+    assert f"| return, imitator | {result['task_return']:.1f} |" in text
+
+
+def test_only_evaluation_logs_the_task_return(cfg, model, tmp_path):
+    make(cfg, model, tmp_path / 'run').train()
+    assert 'task_return' in rows(tmp_path / 'run/eval.csv')[0]
+    assert not any('return' in column for column in rows(tmp_path / 'run/train.csv')[0])
+
+
+def test_the_agent_starts_where_the_filmed_episode_started(cfg, model):
+    env = train_ac.make_env(cfg, video.Clips(f'{cfg.data_dir}/train'), model, False)
+    env.reset(episode_seed=3)
+    plain = dmc.make('reacher_hard', obs='states')
+    starts = []
+    for seed in (0, 1):
+        plain.reset(episode_seed=seed)
+        starts.append((plain.physics.get_state(), plain.physics.model.geom_pos.copy()))
+    assert [np.array_equal(env.physics.get_state(), state)  # the same pose, and the same target
+            and np.array_equal(env.physics.model.geom_pos, places)
+            for state, places in starts].count(True) == 1
+
+
+def test_a_missing_translator_is_told_with_the_command(cfg, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='python train_ct.py task=reacher_hard'):
+        train_ac.imitate(cfg, tmp_path)
