@@ -135,8 +135,8 @@ class ReplayBuffer:
           UserError: the folder did not hold the ring that `state` speaks of.
         """
         if self._fresh and state['end']:
-            raise UserError(f'the replay buffer that belongs in {self._root} is gone, as a finished '
-                            'run removes it, or of other sizes: start a new run.')
+            raise UserError(f'the replay buffer that belongs in {self._root} is gone, as after a '
+                            'finished run, or of other sizes: start a new run.')
         self._end = self._cursor = state['end']
         self._rng.bit_generator.state = state['rng']
 

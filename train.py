@@ -49,14 +49,14 @@ class Workspace:
         if not self.num_train_steps:
             raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
                             f'{cfg.action_repeat} frames: set it higher.')
-        # in rows of the ring: at worst, with episodes of one step, there are two to a step
-        since_snapshot = 2 * (cfg.snapshot_every_frames // cfg.action_repeat)
-        obs_shape = train_env.observation_spec().shape
+        # In rows. An episode has one more than steps: at worst, if it is of one step, twice as many.
+        slack = 2 * (cfg.snapshot_every_frames // cfg.action_repeat + LONGEST_EPISODE)
+        capacity = min(cfg.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
+        obs_spec = train_env.observation_spec()
         self.replay_buffer = ReplayBuffer(
-            work_dir / 'buffer', train_env.observation_spec(), train_env.action_spec(),
-            capacity=min(cfg.replay_buffer_size, 2 * self.num_train_steps), nstep=cfg.nstep,
-            discount=cfg.discount, frame_stack=cfg.frame_stack if len(obs_shape) == 3 else 1,
-            slack=since_snapshot + 2 * LONGEST_EPISODE, seed=cfg.seed, device=device)
+            work_dir / 'buffer', obs_spec, train_env.action_spec(), capacity, cfg.nstep,
+            cfg.discount, cfg.frame_stack if len(obs_spec.shape) == 3 else 1, slack, cfg.seed,
+            device)
         self.elapsed, self.last_eval_step = 0.0, None
         if utils.newest_snapshot(self.snapshot_path):
             self.load_snapshot()
