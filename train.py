@@ -49,7 +49,7 @@ class Workspace:
         if not self.num_train_steps:
             raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
                             f'{cfg.action_repeat} frames: set it higher.')
-        # In rows. An episode has one more than steps: at worst, if it is of one step, twice as many.
+        # In rows. An episode has one more than steps: at worst, if it has one step, twice as many.
         slack = 2 * (cfg.snapshot_every_frames // cfg.action_repeat + LONGEST_EPISODE)
         capacity = min(cfg.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
         obs_spec = train_env.observation_spec()
