@@ -63,6 +63,9 @@ class Encoder(nn.Module):
         for stride in (2, 1, 1, 1):
             layers += [nn.Conv2d(channels, 32, 3, stride), nn.ReLU()]
             channels, size = 32, (size - 3) // stride + 1
+        if size < 1:
+            raise utils.UserError(f'images of {height} pixels are too small for the encoder: set '
+                                  'im_size=84, or no less than 16.')
         self.convnet = nn.Sequential(*layers)
         self.repr_dim = 32 * size * size
         self.apply(weight_init)

@@ -4,6 +4,8 @@ The physics runs once for each episode and a camera for each context films it. E
 and contexts are functions of (seed, split, i) alone, so the dataset is the same for any number of
 workers, and a generation that was interrupted, or is asked for more episodes, goes on.
 """
+import contextlib
+import fcntl
 import functools
 import multiprocessing
 import os
@@ -180,6 +182,27 @@ def generate(cfg):
     utils.check_disk(cfg.out_dir, num_missing * clip_bytes, 'the dataset',
                      'set num_train or num_contexts lower')
 
+    with only_one_at_work(Path(cfg.out_dir)):
+        fill(cfg, roots, metas, nums, there)
+
+
+@contextlib.contextmanager
+def only_one_at_work(folder: Path):
+    """Raises: UserError where another process is filming into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # the folder itself: nothing is left behind
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f'another process is filming into {folder}: wait for it, or set out_dir to '
+                        'another folder.') from error
+    finally:
+        os.close(lock)
+
+
+def fill(cfg, roots: dict, metas: dict, nums: dict, there: dict):
+    """Film the episodes that are ordered (`nums`) and not `there` yet."""
     for split, root in roots.items():
         num_episodes = max(nums[split], len(there[split]))
         video.write_json(root / 'meta.json', metas[split] | {'num_episodes': num_episodes})

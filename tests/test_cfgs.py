@@ -1,4 +1,6 @@
 """Every script composes with every task, and task files stay what they are: a few lines."""
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,21 @@ def cfg_of(script, *overrides):
 def test_every_script_composes_with_every_task_file(script, task):
     assert cfg_of(script, f'task={task}').task_name == task
     dmc.split_name(task)
+
+
+@pytest.mark.parametrize('script', ['train', 'generate_expert_video', 'train_ct', 'train_ac'])
+def test_folders_of_runs_and_sweeps_resolve(script):
+    cfg = compose(script, ['task=reacher_hard'], return_hydra_config=True)
+    cfg.hydra.job.num, cfg.hydra.job.override_dirname = 0, 'seed2'
+    for folder in (cfg.hydra.run.dir, cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir):
+        assert '=' not in folder  # it can be typed again as an override
+
+
+@pytest.mark.parametrize('script', ['train', 'generate_expert_video', 'train_ct', 'train_ac'])
+def test_help_lists_tasks_and_options(script):
+    run = subprocess.run([sys.executable, CFGS.parent / f'{script}.py', '--help'],
+                         capture_output=True, text=True, check=True)
+    assert 'reacher_hard' in run.stdout and 'fish_swim' in run.stdout and 'seed: 1' in run.stdout
 
 
 @pytest.mark.parametrize('task', ['fish_swim', 'point_mass_easy', 'ball_in_cup_catch'])

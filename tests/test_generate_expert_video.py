@@ -257,3 +257,9 @@ def test_interrupted(snapshot, tmp_path, sig):
         assert 'Traceback' not in error and not list(tmp_path.rglob('.tmp-*'))
     assert json.loads((clips.root / 'meta.json').read_text())['episode_len'] == 5
     assert len(workers) >= 2 and os.getpid() not in workers
+
+
+def test_two_generations_do_not_share_a_folder(dataset, snapshot):
+    with script.only_one_at_work(dataset), pytest.raises(utils.UserError, match='another process'):
+        script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=3'))
+    assert len(video.episode_numbers(dataset / 'train')) == 2
