@@ -33,7 +33,7 @@ class Workspace:
         """
         utils.require_at_least(cfg, 1, 'num_train_frames', 'batch_size', 'nstep', 'action_repeat',
                                'num_eval_episodes', 'replay_buffer_size', 'snapshot_every_frames',
-                               'frame_stack', 'im_size')
+                               'frame_stack')
         self.cfg, self.work_dir, self.kind = cfg, work_dir, kind
         self.train_env, self.eval_env = train_env, eval_env
         self.agent_args = agent_args

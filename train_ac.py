@@ -23,20 +23,40 @@ from utils import UserError
 class DemoTranslator:
     """A context translator at work on demonstrations: each is encoded once, when first drawn.
 
-    Features leave with zero mean and unit variance, so that neither the reward nor the agent
-    depends on the scale at which a translator happened to settle.
+    Features leave as their first principal components over the demonstrations, scaled to unit
+    variance. The components that vary most also vary most slowly with the pose: what is near in
+    them stays near, the noise of translation is left behind, and neither reward nor agent depends
+    on the scale at which a translator happened to settle.
     """
 
-    def __init__(self, model: ContextTranslator, clips: video.Clips):
+    def __init__(self, model: ContextTranslator, clips: video.Clips, z_dim: int,
+                 basis: tuple | None = None):
+        """
+        Args:
+          z_dim: how many components.
+          basis: another DemoTranslator's, so that two give the same features and rewards.
+        """
         self.model, self._clips, self._encoded = model, clips, {}
         self._device = model.feature_mean.device
-        self.z_dim = model.z_dim
-        self._scale = model.feature_var.mean().sqrt()
-        self.image_var = float(np.mean([np.var(clips.frames(i)[0] / 255.0, axis=0).mean()
-                                        for i in range(min(len(clips), 50))]))
+        self.z_dim, episodes = z_dim, range(min(len(clips), 50))
+        if basis is None:
+            z = torch.cat([self._features(i).flatten(0, 1) for i in episodes])
+            _, spread, components = torch.linalg.svd(z - z.mean(0), full_matrices=False)
+            scale = (spread[:z_dim].square().mean() / len(z)).sqrt()
+            motion = [np.var(clips.frames(i)[0] / 255.0, axis=0).mean() for i in episodes]
+            basis = z.mean(0), components[:z_dim].T / scale, float(np.mean(motion))
+        self.basis = self._mean, self._components, self.image_var = basis
 
     def _normalised(self, z: torch.Tensor) -> np.ndarray:
-        return ((z - self.model.feature_mean) / self._scale).float().cpu().numpy()
+        return ((z - self._mean) @ self._components).cpu().numpy()
+
+    @torch.no_grad()
+    def _features(self, i: int) -> torch.Tensor:
+        """-> (C, T+1, Z), as the translator takes them."""
+        if i not in self._encoded:
+            frames = torch.from_numpy(np.array(self._clips.frames(i))).to(self._device)
+            self._encoded[i] = self.model.encode(frames)
+        return self._encoded[i]
 
     @torch.no_grad()
     def encode(self, frame: np.ndarray) -> np.ndarray:
@@ -53,10 +73,7 @@ class DemoTranslator:
 
         Returns: features float32 (T+1, Z).
         """
-        if i not in self._encoded:
-            frames = torch.from_numpy(np.array(self._clips.frames(i))).to(self._device)
-            self._encoded[i] = self.model.encode(frames)                       # (C, T+1, Z)
-        z1 = self._encoded[i][sources]                                         # (n, T+1, Z)
+        z1 = self._features(i)[sources]                                        # (n, T+1, Z)
         self._context = self.model.context(torch.from_numpy(first).to(self._device)[None])
         # The n videos share the context: to the translator they are one clip of n (T+1) frames.
         self._z3 = self.model.translate(z1.flatten(0, 1)[None], self._context).unflatten(
@@ -107,8 +124,8 @@ def report(workspace: Workspace, env: dmc.Imitation, num_videos: int = 5) -> str
     return f'\n{text}\nvideo: {path}\ntable: {workspace.work_dir / "report.md"}'
 
 
-def make_env(cfg, clips: video.Clips, model: ContextTranslator, evaluate: bool) -> dmc.Imitation:
-    meta, translator = clips.meta, DemoTranslator(model, clips)
+def make_env(cfg, clips: video.Clips, translator: DemoTranslator, evaluate: bool) -> dmc.Imitation:
+    meta = clips.meta
     env = dmc.ActionRepeat(dmc.load_suite(cfg.task_name, meta['scenery']), meta['action_repeat'])
     return dmc.Imitation(env, clips, translator, meta['im_size'], cfg.num_frames,
                          list(cfg.lookahead), cfg.time_power, cfg.w_feature, cfg.w_img, evaluate)
@@ -119,7 +136,8 @@ def imitate(cfg, work_dir: Path) -> str:
 
     Raises: UserError for bad settings, translator or demonstrations, before anything is trained.
     """
-    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames', 'num_train_frames')
+    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames', 'num_train_frames',
+                           'z_dim')
     if min(cfg.w_feature, cfg.w_img) < 0 or not cfg.w_feature + cfg.w_img:
         raise UserError('w_feature and w_img must not be negative, nor both 0: set w_feature=1.')
     device = utils.pick_device(cfg.device)
@@ -128,6 +146,9 @@ def imitate(cfg, work_dir: Path) -> str:
     model = ContextTranslator(**made['model_args'])
     model.load_state_dict(made['model'])
     model.to(device).eval()
+    if cfg.z_dim > model.z_dim:
+        raise UserError(f'z_dim={cfg.z_dim} is more than the {model.z_dim} features of the '
+                        f'translator: set z_dim={model.z_dim} or less.')
     root = Path(cfg.data_dir)
     if not video.is_whole(root / 'train') or not video.is_whole(root / 'valid'):
         film_demonstrations(cfg, model.im_size)
@@ -146,9 +167,11 @@ def imitate(cfg, work_dir: Path) -> str:
         raise UserError(f"{root} was filmed with MuJoCo {meta['versions']['mujoco']}, which draws "
                         f"otherwise than {utils.versions()['mujoco']}: remove it, and "
                         f'python generate_expert_video.py task={cfg.task_name}.')
-    train_env = make_env(cfg, train_clips, model, evaluate=False)
-    eval_env = make_env(cfg, valid_clips, model, evaluate=True)
-    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True), z_dim=model.z_dim,
+    translator = DemoTranslator(model, train_clips, cfg.z_dim)
+    train_env = make_env(cfg, train_clips, translator, evaluate=False)
+    eval_env = make_env(cfg, valid_clips, DemoTranslator(model, valid_clips, cfg.z_dim,
+                                                         translator.basis), evaluate=True)
+    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True), z_dim=cfg.z_dim,
                       obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0])
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot),

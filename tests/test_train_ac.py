@@ -44,9 +44,7 @@ def data_dir(tmp_path, scenery):
 
 def test_translation_is_the_mean_over_sources_in_the_agents_context(model, data_dir):
     clips = video.Clips(data_dir / 'train')
-    with torch.no_grad():
-        model.measure_features(torch.from_numpy(np.array(clips.frames(0))))
-    translator, first = DemoTranslator(model, clips), np.array(clips.frames(1)[0, 0])
+    translator, first = DemoTranslator(model, clips, z_dim=3), np.array(clips.frames(1)[0, 0])
     features, images = translator.translate(1, [1, 2], first), translator.decode()
     expected, pictures = [], []
     with torch.no_grad():
@@ -56,17 +54,27 @@ def test_translation_is_the_mean_over_sources_in_the_agents_context(model, data_
             z3 = model.translate(z1, context)
             expected.append(z3[0])
             pictures.append(model.decode(z3, context)[0])
-    mean = (sum(expected) / 2 - model.feature_mean) / model.feature_var.mean().sqrt()
-    np.testing.assert_allclose(features, mean, atol=1e-4)
+    mean, components, _ = translator.basis
+    np.testing.assert_allclose(features, (sum(expected) / 2 - mean) @ components, atol=1e-3)
     assert abs(images.astype(int) - to_uint8(sum(pictures) / 2).numpy()).max() <= 1
-    frame = np.array(clips.frames(1)[2, 3])
-    np.testing.assert_allclose(translator.encode(frame), (
-        model.encode(torch.from_numpy(frame)[None])[0].detach() - model.feature_mean
-    ) / model.feature_var.mean().sqrt(), atol=1e-5)
+
+
+def test_features_are_principal_components_of_unit_variance(model, data_dir):
+    clips = video.Clips(data_dir / 'train')
+    translator = DemoTranslator(model, clips, z_dim=3)
+    z = np.stack([translator.encode(frame) for i in range(2)
+                  for clip in np.array(clips.frames(i)) for frame in clip])
+    assert z.shape == (30, 3)
+    np.testing.assert_allclose(z.mean(0), 0, atol=1e-2)
+    covariance = z.T @ z / len(z)
+    np.testing.assert_allclose(np.trace(covariance) / 3, 1, atol=1e-2)
+    np.testing.assert_allclose(covariance - np.diag(np.diag(covariance)), 0, atol=1e-2)
+    assert (np.diff(np.diag(covariance)) < 0).all()
 
 
 def test_demonstrations_are_encoded_once(model, data_dir, monkeypatch):
-    translator = DemoTranslator(model, video.Clips(data_dir / 'train'))
+    translator = DemoTranslator(model, video.Clips(data_dir / 'train'), z_dim=3)
+    translator._encoded.clear()
     encoded = []
     encode = model.encode
     monkeypatch.setattr(model, 'encode', lambda frames: encoded.append(1) or encode(frames))
@@ -82,13 +90,17 @@ def cfg(data_dir):
             f'data_dir={data_dir}', 'device=cpu', 'use_tb=false', 'save_video=false',
             'num_train_frames=160', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
             'num_eval_episodes=2', 'log_every_frames=8', 'snapshot_every_frames=48',
-            'lookahead=[1,2]', 'agent.num_expl_steps=10', 'w_img=0.5'])
+            'lookahead=[1,2]', 'z_dim=4', 'agent.num_expl_steps=10', 'w_img=0.5'])
+
+
+def make_env(cfg, model, split):
+    clips = video.Clips(f'{cfg.data_dir}/{split}')
+    return train_ac.make_env(cfg, clips, DemoTranslator(model, clips, cfg.z_dim), split == 'valid')
 
 
 def make(cfg, model, work_dir):
     work_dir.mkdir(exist_ok=True)
-    envs = [train_ac.make_env(cfg, video.Clips(f'{cfg.data_dir}/{split}'), model, split == 'valid')
-            for split in ('train', 'valid')]
+    envs = [make_env(cfg, model, split) for split in ('train', 'valid')]
     agent_args = dict(obs_shape=[4 * 5 + 1], action_dim=2, z_dim=4, hidden_dim=16, feature_dim=None,
                       num_expl_steps=10)
     return Workspace(cfg, work_dir, 'imitator', *envs, ACAgent, agent_args, {})
@@ -132,7 +144,7 @@ def test_only_evaluation_logs_the_task_return(cfg, model, tmp_path):
 
 
 def test_the_agent_starts_where_the_filmed_episode_started(cfg, model):
-    env = train_ac.make_env(cfg, video.Clips(f'{cfg.data_dir}/train'), model, False)
+    env = make_env(cfg, model, 'train')
     env.reset(episode_seed=3)
     plain = dmc.make('reacher_hard', obs='states')
     starts = []

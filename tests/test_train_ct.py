@@ -291,5 +291,5 @@ def test_too_little_data_is_refused(tmp_path):
 
 def test_another_model_is_refused_on_resume(data, tmp_path):
     train(config(data, 'num_train_steps=1'), tmp_path)
-    with pytest.raises(UserError, match='another model'):
+    with pytest.raises(UserError, match='another z_dim'):
         train(config(data, 'model.z_dim=6'), tmp_path)

@@ -117,12 +117,17 @@ def test_clips_read_back(tmp_path):
 
 
 def test_half_written_episodes_are_not_there(tmp_path):
-    make_dataset(tmp_path)
+    make_dataset(tmp_path, num_episodes=2)
     (tmp_path / 'episode_00001.json').unlink()  # killed between the frames and the json
     (tmp_path / '.tmp-episode_00003.npy').write_bytes(b'cut')
+    assert video.is_whole(tmp_path)
     clips = video.Clips(tmp_path)
     assert [clips.episode(i)['index'] for i in range(len(clips))] == [0, 2]
     assert (clips.frames(1) == 2).all()
+    make_dataset(tmp_path / 'cut', num_episodes=4)
+    assert not video.is_whole(tmp_path / 'cut') and not video.is_whole(tmp_path / 'none')
+    with pytest.raises(utils.UserError, match='lacks some of its 4 episodes'):
+        video.Clips(tmp_path / 'cut')
 
 
 @pytest.mark.parametrize('wanted, sentence', [
