@@ -43,8 +43,8 @@ def leaky(x: torch.Tensor) -> torch.Tensor:
 def initialise(module: nn.Module):
     """He et al. 2015: activations keep their scale through all layers.
 
-    With PyTorch's own initialisation features start at a variance of 1e-4, and for some thousand
-    steps nothing passes through them: all images come out alike.
+    With PyTorch's own initialisation features start at a variance of 1e-4, and in 900
+    steps nothing came to pass through them: all images come out alike.
     """
     if isinstance(module, nn.ConvTranspose2d):  # 1 in stride^2 of the kernel meets an output pixel
         fan_in = module.weight[:, 0].numel() / module.stride[0] ** 2

@@ -16,7 +16,7 @@ from utils import UserError
 from video import VideoRecorder
 
 TRAIN, EVAL = 0, 1  # streams of episode seeds
-LONGEST_EPISODE = 1001  # rows in the ring
+LONGEST_EPISODE = dmc.MAX_EPISODE_STEPS + 1  # rows in the ring
 
 
 class Workspace:

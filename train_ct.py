@@ -225,7 +225,7 @@ def train(cfg, work_dir: Path):
             loss, metrics = model.losses(*batch, **weights)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        # Batches differ: without this, one that is far off can undo a thousand steps.
+        # Batches differ: without this, one that is far off can undo all before it.
         nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         optimizer.step()
         step += 1
