@@ -23,29 +23,42 @@ from utils import UserError
 class DemoTranslator:
     """A context translator at work on demonstrations: each is encoded once, when first drawn.
 
-    Features leave as their first principal components over the demonstrations, scaled to unit
-    variance. The components that vary most also vary most slowly with the pose: what is near in
-    them stays near, the noise of translation is left behind, and neither reward nor agent depends
-    on the scale at which a translator happened to settle.
+    Features leave as linear discriminants: the directions in which demonstrations vary most for
+    what translation gets wrong in them, each scaled to unit variance. What is left behind is noise
+    to a distance; and neither reward nor agent depends on the scale at which a translator happened
+    to settle.
     """
 
     def __init__(self, model: ContextTranslator, clips: video.Clips, z_dim: int,
                  basis: tuple | None = None):
         """
         Args:
-          z_dim: how many components.
+          z_dim: how many discriminants.
           basis: another DemoTranslator's, so that two give the same features and rewards.
         """
         self.model, self._clips, self._encoded = model, clips, {}
-        self._device = model.feature_mean.device
-        self.z_dim, episodes = z_dim, range(min(len(clips), 50))
-        if basis is None:
-            z = torch.cat([self._features(i).flatten(0, 1) for i in episodes])
-            _, spread, components = torch.linalg.svd(z - z.mean(0), full_matrices=False)
-            scale = (spread[:z_dim].square().mean() / len(z)).sqrt()
-            motion = [np.var(clips.frames(i)[0] / 255.0, axis=0).mean() for i in episodes]
-            basis = z.mean(0), components[:z_dim].T / scale, float(np.mean(motion))
-        self.basis = self._mean, self._components, self.image_var = basis
+        self._device = next(model.parameters()).device
+        self.z_dim = z_dim
+        self.basis = self._mean, self._components, self.image_var = basis or self._find_basis()
+
+    def _find_basis(self, num_episodes: int = 100) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """-> mean (Z,), components (Z, z_dim), and how much pixels in [0, 1] vary in an episode."""
+        truth, error, motion = [], [], []
+        for i in range(min(len(self._clips), num_episodes)):
+            z, own = self._features(i), i % self._clips.meta['num_contexts']
+            frames = np.array(self._clips.frames(i)[own])
+            z3 = self._translate(i, [c for c in range(len(z)) if c != own], frames[0])
+            truth.append(z.flatten(0, 1))
+            error.append(z3[0].mean(0) - z[own])
+            motion.append(np.var(frames / 255.0, axis=0).mean())
+        truth, error = torch.cat(truth), torch.cat(error)
+        noise = error.T @ error / len(error)
+        noise += 1e-3 * noise.trace() / len(noise) * torch.eye(len(noise), device=self._device)
+        whiten = torch.linalg.inv(torch.linalg.cholesky(noise))
+        _, directions = torch.linalg.eigh(whiten @ torch.cov(truth.T) @ whiten.T)
+        components = whiten.T @ directions[:, -self.z_dim:]
+        mean = truth.mean(0)
+        return mean, components / ((truth - mean) @ components).std(0), float(np.mean(motion))
 
     def _normalised(self, z: torch.Tensor) -> np.ndarray:
         return ((z - self._mean) @ self._components).cpu().numpy()
@@ -65,20 +78,24 @@ class DemoTranslator:
         return self._normalised(self.model.encode(frames)[0])
 
     @torch.no_grad()
+    def _translate(self, i: int, sources: list[int], first: np.ndarray) -> torch.Tensor:
+        """-> (1, n, T+1, Z), what `decode` decodes."""
+        z1 = self._features(i)[sources]                                        # (n, T+1, Z)
+        self._context = self.model.context(torch.from_numpy(first).to(self._device)[None])
+        # The n videos share the context: to the translator they are one clip of n (T+1) frames.
+        self._z3 = self.model.translate(z1.flatten(0, 1)[None], self._context).unflatten(
+            1, z1.shape[:2])
+        return self._z3
+
     def translate(self, i: int, sources: list[int], first: np.ndarray) -> np.ndarray:
         """Demonstration i as it would go from `first` on: the mean over its source contexts.
 
         Args:
           first: uint8 (H, W, 3), the agent's first image.
 
-        Returns: features float32 (T+1, Z).
+        Returns: features float32 (T+1, z_dim).
         """
-        z1 = self._features(i)[sources]                                        # (n, T+1, Z)
-        self._context = self.model.context(torch.from_numpy(first).to(self._device)[None])
-        # The n videos share the context: to the translator they are one clip of n (T+1) frames.
-        self._z3 = self.model.translate(z1.flatten(0, 1)[None], self._context).unflatten(
-            1, z1.shape[:2])                                                   # (1, n, T+1, Z)
-        return self._normalised(self._z3[0].mean(0))
+        return self._normalised(self._translate(i, sources, first)[0].mean(0))
 
     @torch.no_grad()
     def decode(self) -> np.ndarray:
@@ -140,6 +157,9 @@ def imitate(cfg, work_dir: Path) -> str:
                            'z_dim')
     if min(cfg.w_feature, cfg.w_img) < 0 or not cfg.w_feature + cfg.w_img:
         raise UserError('w_feature and w_img must not be negative, nor both 0: set w_feature=1.')
+    if cfg.relabel and (cfg.w_img or cfg.nstep != 1 or cfg.lookahead[0] != 1):
+        raise UserError(f'relabel={cfg.relabel} works out rewards from observations, which takes '
+                        'w_img=0, nstep=1 and 1 as the first lookahead: set relabel=0.')
     device = utils.pick_device(cfg.device)
     made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name,
                                remedy=f'python train_ct.py task={cfg.task_name}')
@@ -171,7 +191,7 @@ def imitate(cfg, work_dir: Path) -> str:
     train_env = make_env(cfg, train_clips, translator, evaluate=False)
     eval_env = make_env(cfg, valid_clips, DemoTranslator(model, valid_clips, cfg.z_dim,
                                                          translator.basis), evaluate=True)
-    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True), z_dim=cfg.z_dim,
+    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True),
                       obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0])
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot),

@@ -116,6 +116,19 @@ def set_seed_everywhere(seed: int):
     random.seed(seed)
 
 
+def set_precision(name: str):
+    """Of this process's products of fp32 matrices: 'fp32', or 'bf16' for factors rounded to bf16
+    (on CUDA to TF32) and sums in fp32.
+
+    Raises: UserError for another name.
+    """
+    if name not in ('fp32', 'bf16'):
+        raise UserError(f'precision={name} is neither fp32 nor bf16.')
+    fast = name == 'bf16'
+    torch.backends.mkldnn.matmul.fp32_precision = 'bf16' if fast else 'ieee'
+    torch.backends.cuda.matmul.fp32_precision = 'tf32' if fast else 'ieee'
+
+
 def derive_seed(*key: int) -> int:
     """A 32-bit seed that is a pure function of `key`, e.g. (run seed, stream, episode)."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])

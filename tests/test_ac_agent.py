@@ -1,6 +1,9 @@
 import numpy as np
+import pytest
 import torch
+from fakes import FakeDemos, FakeEnv, FakeTranslator
 
+import dmc
 from ac_agent import ACAgent, TrackingEncoder
 
 
@@ -14,7 +17,7 @@ def test_tracking_encoder_shows_motion_and_what_is_missing():
 def test_it_learns_to_go_where_the_target_is():
     """One step, reward minus the squared distance that is left after moving by the action."""
     torch.manual_seed(0)
-    agent = ACAgent((5,), 2, z_dim=2, lr=1e-3, feature_dim=None, hidden_dim=64,
+    agent = ACAgent((5,), 2, z_dim=2, num_frames=1, lr=1e-3, feature_dim=None, hidden_dim=64,
                     stddev_schedule='0.2')
 
     class Replay:
@@ -33,3 +36,54 @@ def test_it_learns_to_go_where_the_target_is():
         obs = np.array([*now, *(now + way), 1], np.float32)
         misses.append(abs(agent.act(obs, 0, eval_mode=True) - way).mean())
     assert np.mean(misses) < 0.1  # no action at all misses by 0.25
+
+
+def make_agent(relabel):
+    return ACAgent((2 * 4 + 1,), 2, z_dim=2, num_frames=2, relabel=relabel, w_feature=0.5,
+                   time_power=2, hidden_dim=8, feature_dim=None)
+
+
+@pytest.fixture
+def batch():
+    """Every transition of a few episodes, by an agent that is seldom where the target is."""
+    env = dmc.Imitation(FakeEnv(), FakeDemos(4), FakeTranslator(), 8, 2, [1, 2], 2, 0.5, 0.0)
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(5):
+        time_step = env.reset()
+        while not time_step.last():
+            env._features[0] = rng.normal(size=2).astype(np.float32)
+            obs, action = env._observation(), rng.uniform(-1, 1, 2)
+            env._env.render = lambda im_size: np.full((8, 8, 3), rng.integers(9), np.uint8)
+            time_step = env.step(action)
+            rows.append((obs, action, [time_step.reward], [time_step.discount],
+                         time_step.observation))
+    return [torch.tensor(np.array(column), dtype=torch.float32)
+            for column in zip(*rows, strict=True)]
+
+
+def test_relabelling_with_its_own_targets_changes_nothing(batch, monkeypatch):
+    monkeypatch.setattr(torch, 'randperm', torch.arange)
+    assert batch[2].std() > 0.1
+    for relabelled, stored in zip(make_agent(1.0).augment(*batch), batch, strict=True):
+        torch.testing.assert_close(relabelled, stored)
+
+
+def test_relabelling_keeps_what_was_seen_and_asks_for_something_else(batch, monkeypatch):
+    monkeypatch.setattr(torch, 'randperm', lambda n, device: torch.arange(n).roll(1))
+    obs, action, reward, discount, next_obs = make_agent(1.0).augment(*batch)
+    assert torch.equal(obs[:, :4], batch[0][:, :4]) and torch.equal(action, batch[1])
+    assert torch.equal(next_obs[:, :4], batch[4][:, :4])
+    for i in range(len(obs)):  # targets and clock are those of the transition before
+        assert torch.equal(obs[i, 4:], batch[0][i - 1, 4:])
+        assert torch.equal(next_obs[i, 4:], batch[4][i - 1, 4:])
+        assert discount[i] == batch[3][i - 1] == float(next_obs[i, -1] > 0)
+        time, target = 1 - float(next_obs[i, -1]), obs[i, 4:6]
+        expected = -0.5 * time ** 2 * float(((next_obs[i, :2] - target) ** 2).mean())
+        assert float(reward[i]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_relabelling_batches_are_left_alone():
+    batch = [torch.randn(6, 9), torch.randn(6, 2), torch.randn(6, 1), torch.ones(6, 1),
+             torch.randn(6, 9)]
+    assert all(map(torch.equal, make_agent(0.0).augment(*batch), batch))
+    assert torch.equal(make_agent(0.5).augment(*batch)[2][3:], batch[2][3:])

@@ -74,7 +74,7 @@ def plain_update(agent, batch, step, seed):
     """The published update, written the plain way: separate optimisers, autograd on everything."""
     torch.manual_seed(seed)
     obs, action, reward, discount, next_obs = batch
-    if agent.augment:
+    if obs.dim() == 4:
         obs, next_obs = random_shift(obs), random_shift(next_obs)
     params = list(agent.encoder.parameters())
     encoder_opt, critic_opt, actor_opt = agent.plain_opts
