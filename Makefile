@@ -1,5 +1,6 @@
 # make test                                the tests
 # make demo TASK=reacher_hard BUDGET=full  expert -> videos -> translator -> imitator
+# make bench                               how fast it is, and how good the shipped experts are
 # make lint                                ruff
 # PYTHON=/path/to/python3.12 names the interpreter that .venv is made with.
 
@@ -23,7 +24,7 @@ endif
 
 PY = .venv/bin/python
 
-.PHONY: .venv test lint demo
+.PHONY: .venv test lint bench demo
 .DELETE_ON_ERROR:
 
 test: .venv
@@ -31,6 +32,10 @@ test: .venv
 
 lint: .venv
 	.venv/bin/ruff check .
+
+bench: .venv
+	$(PY) benchmarks/bench.py
+	$(PY) benchmarks/experts.py
 
 # ---------------------------------------------------------------------------------------- set-up
 

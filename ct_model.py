@@ -131,11 +131,7 @@ class Context(NamedTuple):
 
 
 class ContextTranslator(nn.Module):
-    """Enc1, Enc2, T and Dec.
-
-    Features have no scale of their own. The buffers `feature_mean` and `feature_var` (z_dim,) say
-    what Enc1 makes of the training frames, once `measure_features` has looked.
-    """
+    """Enc1, Enc2, T and Dec. Features have no scale of their own: the losses do not ask for one."""
 
     def __init__(self, im_size: int = 64, channels: tuple[int, ...] = (32, 64, 128, 256),
                  z_dim: int = 128, hidden: int = 512, kernel: int = 4):
@@ -160,8 +156,6 @@ class ContextTranslator(nn.Module):
         self.enc1, self.enc2, self.dec = Encoder(*sizes), Encoder(*sizes), Decoder(*sizes)
         self.translator = nn.Sequential(nn.Linear(2 * z_dim, hidden), nn.LeakyReLU(0.2),
                                         nn.Linear(hidden, z_dim))
-        self.register_buffer('feature_mean', torch.zeros(z_dim))
-        self.register_buffer('feature_var', torch.ones(z_dim))
         self.apply(initialise)
         # Training begins with the first frames, dimmed, instead of noise laid over them.
         nn.init.normal_(self.dec.deconvs[-1].weight, std=0.01)
@@ -218,10 +212,3 @@ class ContextTranslator(nn.Module):
         weights = {'trans': trans, 'rec': rec, 'align': align}
         total = sum(weights[name] * loss for name, loss in losses.items())
         return total, {name: loss.detach() for name, loss in losses.items()}
-
-    @torch.no_grad()
-    def measure_features(self, frames: torch.Tensor):
-        """Take mean and variance of Enc1 over frames, uint8 (..., H, W, 3), into the buffers."""
-        z = self.encode(frames).float().flatten(0, -2)
-        self.feature_mean.copy_(z.mean(0))
-        self.feature_var.copy_(z.var(0, correction=0))

@@ -3,8 +3,10 @@
 `Workspace` is the project's only RL loop: act, step, store, update, log, evaluate, snapshot and
 resume. The imitator (train_ac.py) runs in it as well.
 """
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 
 import dmc
@@ -45,6 +47,9 @@ class Workspace:
         device = utils.pick_device(cfg.device)
         utils.set_seed_everywhere(cfg.seed)
         self.agent = agent_class(**agent_args, device=device)
+        self.beside = ThreadPoolExecutor(1)
+        if device.type == 'cpu' and len(train_env.observation_spec().shape) == 1:
+            torch.set_num_threads(1)  # small matrices: the other core is the environment's
         self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
         if not self.num_train_steps:
             raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
@@ -85,12 +90,15 @@ class Workspace:
             # sample an action
             with utils.eval_mode(self.agent.encoder, self.agent.actor):
                 action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
-            # try to update the agent
+            # try to update the agent; the environment takes its step meanwhile
+            update = None
             if not seed_until_step(self.global_step) and len(self.replay_buffer):
-                metrics = self.agent.update(self.replay_buffer, cfg.batch_size, self.global_step)
-                self.logger.log_metrics(metrics, self.global_frame)
-            # take a step in the environment, and remember it
+                update = self.beside.submit(self.agent.update, self.replay_buffer, cfg.batch_size,
+                                            self.global_step)
             time_step = self.train_env.step(action)
+            if update:
+                self.logger.log_metrics(update.result(), self.global_frame)
+            # remember the step
             self.episode_reward += time_step.reward
             self.episode_step += 1
             self.global_step += 1

@@ -41,7 +41,7 @@ class PairSampler:
             raise UserError(f'{clips.root} holds clips of {num_frames} frames: set '
                             f'frames_per_clip={num_frames} or less.')
         self._clips, self._pairs, self._augment_colours = clips, pairs, augment_colours
-        self._num_contexts, self._num_frames = num_contexts, num_frames
+        self._num_contexts, self._num_frames, self._moves = num_contexts, num_frames, {}
         self._frames_per_clip, self.rng = frames_per_clip, np.random.default_rng(seed)
 
     def draw(self) -> tuple[int, int, int, int, np.ndarray]:
@@ -54,8 +54,21 @@ class PairSampler:
         else:
             episodes = rng.choice(len(self._clips), 2, replace=False)
             contexts = rng.integers(self._num_contexts, size=2)
-        frames = np.sort(rng.choice(self._num_frames, self._frames_per_clip, replace=False))
+        frames = np.sort(rng.choice(self._num_frames, self._frames_per_clip, replace=False,
+                                    p=self._how_much_moves(int(episodes[0]))))
         return episodes[0], contexts[0], episodes[1], contexts[1], frames
+
+    def _how_much_moves(self, i: int) -> np.ndarray:
+        """Of which frames episode i is to be learnt from: float64 (T+1,), which sum to 1.
+
+        Half goes to all frames alike, half to those that differ from the one before. Experts soon
+        stand where they want to be, and from then on every frame says the same.
+        """
+        if i not in self._moves:
+            frames = self._clips.frames(i)[0].astype(np.int16)
+            change = np.abs(np.diff(frames, axis=0, prepend=frames[:1])).mean((1, 2, 3)) + 1e-6
+            self._moves[i] = 0.5 / len(change) + 0.5 * change / change.sum()
+        return self._moves[i]
 
     def sample(self, batch_size: int) -> list[torch.Tensor]:
         """-> source and target, uint8 (N, T, H, W, 3), the targets' first frames (N, H, W, 3)."""
@@ -89,11 +102,10 @@ class Examination:
         self._target = self._load(clips.frames((i + shift) % num_clips)[(i + 1) % num_contexts]
                                   for i in range(num_clips))
         self._moved = moving(self._target, self._target[:, 0])
-        # Clips that stand for all of the training set: for the features' statistics.
-        self._known = self._load(train_clips.frames(i)[i % num_contexts]
-                                 for i in range(min(num_clips, len(train_clips))))
+        known = self._load(train_clips.frames(i)[i % num_contexts]
+                           for i in range(min(num_clips, len(train_clips))))
         first = self._target[:, :1].expand_as(self._target)
-        mean_video = self._known.float().mean(0).round().byte().expand_as(self._target)
+        mean_video = known.float().mean(0).round().byte().expand_as(self._target)
         self.baselines = {**self._measure(first, '_copy_first'),
                           **self._measure(mean_video, '_mean_video')}
 
@@ -120,7 +132,6 @@ class Examination:
         translator predicts nothing. `shuffled` hands it the source of another clip.
         """
         with autocast:
-            model.measure_features(self._known[:, ::2])
             sums, z3, z_shuffled, z_target, images = {}, [], [], [], []
             shuffled = self._source.roll(1, 0)
             for i in range(0, len(self._target), 4):  # clips at once
@@ -166,6 +177,19 @@ def ssim_map(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     variances = xx - mean_x ** 2 + yy - mean_y ** 2
     return ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
             / ((mean_x ** 2 + mean_y ** 2 + c1) * (variances + c2))).mean(1)
+
+
+def update(model: ContextTranslator, optimizer, batch: list[torch.Tensor], autocast, cfg
+           ) -> dict[str, torch.Tensor]:
+    """One step on a batch of `PairSampler` -> its losses."""
+    with autocast:
+        loss, metrics = model.losses(*batch, **cfg.weights)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    # Batches differ: without this, one that is far off can undo all before it.
+    nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    optimizer.step()
+    return metrics
 
 
 def train(cfg, work_dir: Path):
@@ -221,13 +245,7 @@ def train(cfg, work_dir: Path):
         # one step of Adam
         for group in optimizer.param_groups:
             group['lr'] = utils.schedule(cfg.lr, step)
-        with autocast:
-            loss, metrics = model.losses(*batch, **weights)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        # Batches differ: without this, one that is far off can undo all before it.
-        nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-        optimizer.step()
+        metrics = update(model, optimizer, batch, autocast, cfg)
         step += 1
         logger.log_metrics(metrics, step)
 

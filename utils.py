@@ -300,13 +300,14 @@ def check_same_run(work_dir: Path, before: dict, now: dict):
 
 
 def slim(source: str | Path, target: str | Path):
-    """Copy a snapshot without what only training needs (optimisers, targets, counters).
+    """Copy a snapshot without what only training needs (optimisers, targets, random numbers).
 
     A translator's weights, ten million, are halved in precision as well. `experts/<task>.pt` and
     `ct/<task>.pt` are made by it: python utils.py slim IN OUT
     """
     payload = load_snapshot(source, None, remedy='choose another')
-    keep = ('format', 'kind', 'task', 'versions', 'made_by', 'agent_args', 'model_args')
+    keep = ('format', 'kind', 'task', 'versions', 'made_by', 'agent_args', 'model_args',
+            'global_step', 'elapsed')
     slimmed = {key: payload[key] for key in keep if key in payload}
     if 'agent' in payload:
         slimmed['agent'] = {key: payload['agent'][key] for key in ('encoder', 'actor')

@@ -185,10 +185,19 @@ def test_what_a_run_leaves(data, tmp_path):
     model.load_state_dict(slim['model'])
     frames = video.Clips(data / 'train').frames(0)
     assert model.encode(torch.from_numpy(np.array(frames))).shape == (3, LENGTH + 1, 5)
-    assert (model.feature_var != 1).all()
 
     train(cfg, tmp_path)  # nothing is left to do
     assert rows(tmp_path / 'eval.csv') == scores
+
+
+def test_frames_that_change_are_drawn_more_often(data):
+    pairs = sampler(data, frames_per_clip=1)
+    still = np.zeros((3, LENGTH + 1, SIZE, SIZE, 3), np.uint8)
+    still[:, 2:] = 9  # at frame 2 all changes, and nothing else ever
+    pairs._clips.frames = lambda i: still
+    drawn = np.bincount([int(pairs.draw()[4][0]) for _ in range(600)], minlength=LENGTH + 1) / 600
+    assert abs(drawn[2] - (0.5 + 0.05)) < 0.08
+    assert (drawn > 0.01).all()
 
 
 def test_the_best_stays_the_best_over_a_resume(data, tmp_path):
@@ -210,9 +219,6 @@ def test_examination(data):
         """Features are the pixels of the episode's first filmed context."""
         answers = {tuple(labels(torch.from_numpy(np.array(clips.frames(i)[c, t])))): (i, t)
                    for i in range(3) for c in range(3) for t in range(LENGTH + 1)}
-
-        def measure_features(self, frames):
-            pass
 
         def encode(self, frames):
             z = torch.zeros(*frames.shape[:-3], 2)

@@ -1,0 +1,100 @@
+"""How good the shipped experts are: python benchmarks/experts.py [--episodes 20]
+
+Plays each experts/<task>.pt and a random policy, and writes experts/README.md.
+"""
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dmc  # noqa: E402  first: it chooses the OpenGL backend
+
+# isort: split
+import utils  # noqa: E402
+from generate_expert_video import load_expert  # noqa: E402
+from train import EVAL  # noqa: E402
+
+# Returns over 20 episodes of 1000 frames that a shipped expert should reach.
+BARS = {'reacher_hard': 920, 'finger_spin': 850, 'finger_turn_easy': 900, 'walker_walk': 920,
+        'cheetah_run': 700, 'reacher_easy': 940, 'cup_catch': 940, 'cartpole_swingup': 830,
+        'hopper_stand': 850, 'walker_run': 550}
+SEED = 2026  # of episodes that no training run was judged by
+
+
+def play(env, act, num_episodes: int) -> np.ndarray:
+    """Whole episodes, the same for every policy -> their returns."""
+    returns = []
+    for episode in range(num_episodes):
+        time_step = env.reset(episode_seed=utils.derive_seed(SEED, EVAL, episode))
+        returns.append(0.0)
+        while not time_step.last():
+            time_step = env.step(act(time_step.observation))
+            returns[-1] += time_step.reward
+    return np.array(returns)
+
+
+def evaluate(path: Path, num_episodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> returns of the expert and of a random policy, in the same episodes."""
+    agent, env_args = load_expert(path, path.stem)
+    expert = play(dmc.make(path.stem, **env_args),
+                  lambda obs: agent.act(obs, 0, eval_mode=True), num_episodes)
+    env = dmc.make(path.stem, **{**env_args, 'obs': 'states'})  # its observations are not looked at
+    rng, shape = np.random.default_rng(SEED), env.action_spec().shape
+    return expert, play(env, lambda _: rng.uniform(-1, 1, shape), num_episodes)
+
+
+def official(task: str, frames: int) -> tuple[str, str]:
+    """DrQ-v2's mean return over its seeds, at `frames` and at the end of its published curve."""
+    with open(ROOT / 'benchmarks/drqv2_curves.csv') as file:
+        curve = {int(row['frame']): float(row['mean']) for row in csv.DictReader(file)
+                 if row['task'] == task}
+    if not curve:
+        return '', ''
+    there, end = min(curve, key=lambda frame: abs(frame - frames)), max(curve)
+    return f'{curve[there]:.0f}', f'{curve[end]:.0f} at {end / 1e6:.1f}M'
+
+
+def line(path: Path, num_episodes: int) -> str:
+    made = utils.load_snapshot(path, 'expert', path.stem)
+    env_args = made['made_by']['env_args']
+    expert, rand = evaluate(path, num_episodes)
+    frames = made['global_step'] * env_args['action_repeat'] if 'global_step' in made else 0
+    at_frames, at_end = official(path.stem, frames)
+    bar = BARS.get(path.stem)
+    cells = [path.stem, env_args['obs'], f'{frames:,}' if frames else '',
+             f"{made['elapsed'] / 60:.0f} min" if 'elapsed' in made else '',
+             f'**{expert.mean():.0f}** ± {expert.std():.0f}', f'{bar or ""}', f'{rand.mean():.0f}',
+             at_frames if frames else '', at_end,
+             f"`train.py task={path.stem} obs={env_args['obs']} seed={made['made_by']['seed']}`",
+             ', '.join(f'{name} {version}' for name, version in made['versions'].items()),
+             f'`{utils.sha256(path)[:16]}`']
+    print(f'{path.stem}: {expert.mean():.1f} +- {expert.std():.1f}, lowest {expert.min():.0f}; '
+          f'random {rand.mean():.1f}', flush=True)
+    return f"| {' | '.join(cells)} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--episodes', type=int, default=20)
+    num_episodes = parser.parse_args().episodes
+    names = ['task', 'obs', 'frames', 'time', 'return', 'bar', 'random', 'DrQ-v2, same frames',
+             'DrQ-v2, end', 'command', 'versions', 'sha256']
+    lines = [line(path, num_episodes) for path in sorted((ROOT / 'experts').glob('*.pt'))]
+    text = ('# Trained experts\n\n'
+            f'Made by `python benchmarks/experts.py`: return over {num_episodes} episodes of 1000 '
+            'frames, mean ± standard deviation, of the deterministic policy. "bar" is what '
+            'it should reach. DrQ-v2 learns from pixels: its figures are means over the seeds of '
+            'its published curves, at the same number of frames and at their end.\n\n'
+            f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n" + '\n'.join(lines) + '\n')
+    with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
+        tmp.write_text(text)
+
+
+if __name__ == '__main__':
+    with utils.exit_on_user_error():
+        main()
