@@ -35,7 +35,7 @@ lint: .venv
 
 bench: .venv
 	$(PY) benchmarks/bench.py
-	$(PY) benchmarks/experts.py
+	$(PY) benchmarks/evaluate_experts.py
 
 # ---------------------------------------------------------------------------------------- set-up
 

@@ -1,7 +1,7 @@
-"""What is shipped does what is said of it; benchmarks/experts.py looks closer."""
+"""What is shipped does what is said of it; benchmarks/evaluate_experts.py looks closer."""
 from pathlib import Path
 
-import experts
+import evaluate_experts
 import pytest
 
 import dmc
@@ -12,19 +12,19 @@ SHIPPED = sorted((Path(__file__).parent.parent / 'experts').glob('*.pt'))
 
 def test_random_policies_meet_the_same_episodes():
     env = dmc.make('reacher_easy', obs='states')
-    still = [experts.play(env, lambda obs: [0, 0], 2) for _ in range(2)]
+    still = [evaluate_experts.play(env, lambda obs: [0, 0], 2) for _ in range(2)]
     assert (still[0] == still[1]).all() and len(still[0]) == 2
 
 
 def test_official_figures_are_those_of_the_nearest_frames():
-    at, end = experts.official('walker_walk', 1_000_000)
+    at, end = evaluate_experts.official('walker_walk', 1_000_000)
     assert int(at) > 0 and end.startswith(at) and end.endswith('1.0M')
-    assert experts.official('fish_swim', 100) == ('', '')
+    assert evaluate_experts.official('fish_swim', 100) == ('', '')
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_expert_is_one(path):
     assert path.stat().st_size < 8e6
     assert 'agent' in utils.load_snapshot(path, 'expert', path.stem)
-    expert, rand = experts.evaluate(path, num_episodes=2)
-    assert expert.mean() > 0.8 * experts.BARS[path.stem] > rand.mean()
+    expert, rand = evaluate_experts.evaluate(path, num_episodes=2)
+    assert expert.mean() > 0.8 * evaluate_experts.BARS[path.stem] > rand.mean()

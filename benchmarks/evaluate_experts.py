@@ -1,4 +1,4 @@
-"""How good the shipped experts are: python benchmarks/experts.py [--episodes 20]
+"""How good the shipped experts are: python benchmarks/evaluate_experts.py [--episodes 20]
 
 Plays each experts/<task>.pt and a random policy, and writes experts/README.md.
 """
@@ -86,10 +86,11 @@ def main():
              'DrQ-v2, end', 'command', 'versions', 'sha256']
     lines = [line(path, num_episodes) for path in sorted((ROOT / 'experts').glob('*.pt'))]
     text = ('# Trained experts\n\n'
-            f'Made by `python benchmarks/experts.py`: return over {num_episodes} episodes of 1000 '
-            'frames, mean ± standard deviation, of the deterministic policy. "bar" is what '
-            'it should reach. DrQ-v2 learns from pixels: its figures are means over the seeds of '
-            'its published curves, at the same number of frames and at their end.\n\n'
+            'Made by `python benchmarks/evaluate_experts.py`: return over '
+            f'{num_episodes} episodes of 1000 frames, mean ± standard deviation, of the '
+            'deterministic policy. "bar" is what it should reach. DrQ-v2 learns from pixels: its '
+            'figures are means over the seeds of its published curves, at the same number of '
+            'frames and at their end.\n\n'
             f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n" + '\n'.join(lines) + '\n')
     with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
         tmp.write_text(text)
