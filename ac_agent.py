@@ -27,40 +27,53 @@ class ACAgent(DrQV2Agent):
     """Learns as DrQ-v2 does, from `dmc.Imitation`'s observations; task rewards never reach it.
 
     What a step is worth follows from the observation alone, and where the targets go does not
-    depend on what the agent does. So every step that was ever taken tells about every target at
-    every time: in the place of DrQ-v2's random shifts, a share of each batch gets its targets,
-    clock and reward from other transitions of it (the relabelling of Andrychowicz et al. 2017,
-    with an exact reward in the place of a sparse one).
+    depend on what the agent does. So a step that was taken tells about every target, not only
+    those that stood there at the time. In the place of DrQ-v2's random shifts, transitions are
+    relabelled (Andrychowicz et al. 2017): a share of each batch gets its targets and clock, and so
+    its reward, from other transitions of it; another share gets as its targets what the agent
+    itself did next, as if the demonstration had shown just that, which is perfect imitation and
+    otherwise rare.
     """
 
     def __init__(self, obs_shape, action_dim: int, z_dim: int, num_frames: int,
-                 relabel: float = 0.0, w_feature: float = 1.0, time_power: float = 2.0,
-                 **drqv2_args):
+                 lookahead: list[int], relabel: float = 0.0, hindsight: float = 0.0,
+                 w_feature: float = 1.0, time_power: float = 2.0, **drqv2_args):
         """
         Args:
           obs_shape: (n,), of the flat observation.
-          z_dim, num_frames: the size of the features, and of how many frames they are seen.
-          relabel: the share of transitions that get other targets. Above 0 it takes transitions of
-            one step (nstep 1), whose observation has the target of the next (lookahead 1) first.
-          w_feature, time_power: of the reward, see `dmc.Imitation`.
+          z_dim, num_frames, lookahead, w_feature, time_power: as `dmc.Imitation` has them.
+          relabel: the share of transitions that get targets of others. Above 0 it takes transitions
+            of one step (nstep 1), and the target of the next step first in `lookahead`.
+          hindsight: the share that get as targets what came of them.
           drqv2_args: see `DrQV2Agent`.
         """
-        self._z_dim, self._seen = z_dim, z_dim * num_frames
-        self._relabel, self._w_feature, self._time_power = relabel, w_feature, time_power
+        self._z_dim, self._seen, self._lookahead = z_dim, z_dim * num_frames, list(lookahead)
+        self._relabel, self._hindsight = relabel, hindsight
+        self._w_feature, self._time_power = w_feature, time_power
         super().__init__(obs_shape, action_dim, **drqv2_args)
 
     def make_encoder(self, obs_shape: tuple[int, ...]) -> nn.Module:
         return TrackingEncoder(obs_shape[0], self._z_dim)
 
-    def augment(self, obs, action, reward, discount, next_obs):
-        n, seen = round(self._relabel * len(obs)), self._seen
+    def draw(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
+        steps = sorted({step + more for step in self._lookahead for more in (0, 1)})
+        obs, action, reward, discount, next_obs, *later = replay_buffer.sample(
+            batch_size, ahead=steps if self._hindsight else ())
+        seen, z_dim = self._seen, self._z_dim
+        n = round(self._relabel * batch_size)  # the first n of the batch
         other = torch.randperm(n, device=obs.device)
-        obs, reward, discount, next_obs = (x.clone() for x in (obs, reward, discount, next_obs))
         for x in (obs, next_obs):
             x[:n, seen:] = x[other, seen:]
-        missing = obs[:n, seen:seen + self._z_dim] - next_obs[:n, :self._z_dim]
+        missing = obs[:n, seen:seen + z_dim] - next_obs[:n, :z_dim]
         time = 1 - next_obs[:n, -1:]
         reward[:n] = (-self._w_feature * time ** self._time_power
                       * missing.square().mean(1, keepdim=True))
         discount[:n] = discount[other]
+
+        m = n + round(self._hindsight * batch_size)  # the next m - n
+        if later:
+            done = {step: x[n:m, :z_dim] for step, x in zip(steps, later, strict=True)}
+            obs[n:m, seen:-1] = torch.cat([done[step] for step in self._lookahead], dim=1)
+            next_obs[n:m, seen:-1] = torch.cat([done[step + 1] for step in self._lookahead], dim=1)
+            reward[n:m] = 0.0
         return obs, action, reward, discount, next_obs

@@ -191,8 +191,9 @@ class DrQV2Agent:
     def make_encoder(self, obs_shape: tuple[int, ...]) -> nn.Module:
         return Encoder(obs_shape, self.precision)
 
-    def augment(self, obs, action, reward, discount, next_obs) -> tuple[torch.Tensor, ...]:
+    def draw(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
         """A replayed batch as the update takes it: images are shifted, states are left alone."""
+        obs, action, reward, discount, next_obs = replay_buffer.sample(batch_size)
         if obs.dim() == 4:
             obs, next_obs = random_shift(obs), random_shift(next_obs)
         return obs, action, reward, discount, next_obs
@@ -225,8 +226,7 @@ class DrQV2Agent:
         """One update in every `update_every_steps` steps; -> metrics, empty in between."""
         if step % self.update_every_steps:
             return {}
-        obs, action, reward, discount, next_obs = self.augment(
-            *replay_buffer.sample(batch_size))
+        obs, action, reward, discount, next_obs = self.draw(replay_buffer, batch_size)
         stddev = utils.schedule(self.stddev_schedule, step)
         features = self.encoder(obs)
         with torch.no_grad():

@@ -85,8 +85,10 @@ class ReplayBuffer:
             self._rows['last'][rows] = self._cursor - 1
             self._end = self._cursor
 
-    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """-> obs (B, *obs), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, *obs).
+    def sample(self, batch_size: int, ahead: tuple[int, ...] = ()) -> tuple[torch.Tensor, ...]:
+        """-> obs (B, *obs), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, *obs), and
+        for every number of steps in `ahead` the obs so long after the first (B, *obs), the
+        episode's last standing in for those beyond its end.
 
         reward is the discounted n-step sum; discount multiplies the value of next_obs. Sampled
         with a generator of the buffer's own, whose state is part of `state_dict`.
@@ -103,8 +105,9 @@ class ReplayBuffer:
         obs = self._stacked(start)
         next_obs = self._stacked(np.minimum(start + self._nstep, last))
         action = self._rows['action'][(start + 1) % self._size]
+        later = [self._stacked(np.minimum(start + steps, last)) for steps in ahead]
         return tuple(torch.from_numpy(part).to(self._device) for part in
-                     (obs, action, reward[:, None], discount[:, None], next_obs))
+                     (obs, action, reward[:, None], discount[:, None], next_obs, *later))
 
     def _sample_starts(self, batch_size: int) -> np.ndarray:
         """Times, uniformly among those that have a successor in their episode."""

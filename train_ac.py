@@ -157,6 +157,9 @@ def imitate(cfg, work_dir: Path) -> str:
                            'z_dim')
     if min(cfg.w_feature, cfg.w_img) < 0 or not cfg.w_feature + cfg.w_img:
         raise UserError('w_feature and w_img must not be negative, nor both 0: set w_feature=1.')
+    if min(cfg.relabel, cfg.hindsight) < 0 or cfg.relabel + cfg.hindsight > 1:
+        raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} are shares of one '
+                        'batch: set them to 0 or more, and no more than 1 together.')
     if cfg.relabel and (cfg.w_img or cfg.nstep != 1 or cfg.lookahead[0] != 1):
         raise UserError(f'relabel={cfg.relabel} works out rewards from observations, which takes '
                         'w_img=0, nstep=1 and 1 as the first lookahead: set relabel=0.')

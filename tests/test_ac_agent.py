@@ -1,10 +1,15 @@
+import tempfile
+
+import dm_env
 import numpy as np
 import pytest
 import torch
+from dm_env import specs
 from fakes import FakeDemos, FakeEnv, FakeTranslator
 
 import dmc
 from ac_agent import ACAgent, TrackingEncoder
+from replay_buffer import ReplayBuffer
 
 
 def test_tracking_encoder_shows_motion_and_what_is_missing():
@@ -14,19 +19,29 @@ def test_tracking_encoder_shows_motion_and_what_is_missing():
     assert encoded.tolist() == [[1.0, 2.0, -0.5, -1.0, 3.0, 2.0, 0.25]]
 
 
+class Stored:
+    """A replay buffer that always gives the same batch; `ahead` are its observations by steps."""
+
+    def __init__(self, batch, ahead=None):
+        self.batch, self.ahead = batch, ahead
+
+    def sample(self, batch_size, ahead=()):
+        return [part.clone() for part in [*self.batch, *(self.ahead[step] for step in ahead)]]
+
+
 def test_it_learns_to_go_where_the_target_is():
     """One step, reward minus the squared distance that is left after moving by the action."""
     torch.manual_seed(0)
-    agent = ACAgent((5,), 2, z_dim=2, num_frames=1, lr=1e-3, feature_dim=None, hidden_dim=64,
-                    stddev_schedule='0.2')
+    agent = ACAgent((5,), 2, z_dim=2, num_frames=1, lookahead=[1], lr=1e-3, feature_dim=None,
+                    hidden_dim=64, stddev_schedule='0.2')
 
     class Replay:
-        def sample(self, n):
+        def sample(self, n, ahead):
             obs = torch.cat([torch.randn(n, 2), torch.zeros(n, 2), torch.ones(n, 1)], 1)
             obs[:, 2:4] = obs[:, :2] + torch.rand(n, 2) - 0.5
             action = torch.rand(n, 2) * 2 - 1
             reward = -(obs[:, 2:4] - obs[:, :2] - action).square().sum(1, keepdim=True)
-            return obs, action, reward, torch.zeros(n, 1), obs
+            return obs, action, reward, torch.zeros(n, 1), obs.clone()
 
     for step in range(0, 2000, 2):
         agent.update(Replay(), 128, step)
@@ -38,9 +53,10 @@ def test_it_learns_to_go_where_the_target_is():
     assert np.mean(misses) < 0.1  # no action at all misses by 0.25
 
 
-def make_agent(relabel):
-    return ACAgent((2 * 4 + 1,), 2, z_dim=2, num_frames=2, relabel=relabel, w_feature=0.5,
-                   time_power=2, hidden_dim=8, feature_dim=None)
+def make_agent(relabel=0.0, hindsight=0.0):
+    return ACAgent((2 * 4 + 1,), 2, z_dim=2, num_frames=2, lookahead=[1, 2], relabel=relabel,
+                   hindsight=hindsight, w_feature=0.5, time_power=2, hidden_dim=8,
+                   feature_dim=None)
 
 
 @pytest.fixture
@@ -64,13 +80,14 @@ def batch():
 def test_relabelling_with_its_own_targets_changes_nothing(batch, monkeypatch):
     monkeypatch.setattr(torch, 'randperm', torch.arange)
     assert batch[2].std() > 0.1
-    for relabelled, stored in zip(make_agent(1.0).augment(*batch), batch, strict=True):
+    for relabelled, stored in zip(make_agent(1.0).draw(Stored(batch), len(batch[0])), batch,
+                                   strict=True):
         torch.testing.assert_close(relabelled, stored)
 
 
 def test_relabelling_keeps_what_was_seen_and_asks_for_something_else(batch, monkeypatch):
     monkeypatch.setattr(torch, 'randperm', lambda n, device: torch.arange(n).roll(1))
-    obs, action, reward, discount, next_obs = make_agent(1.0).augment(*batch)
+    obs, action, reward, discount, next_obs = make_agent(1.0).draw(Stored(batch), len(batch[0]))
     assert torch.equal(obs[:, :4], batch[0][:, :4]) and torch.equal(action, batch[1])
     assert torch.equal(next_obs[:, :4], batch[4][:, :4])
     for i in range(len(obs)):  # targets and clock are those of the transition before
@@ -82,8 +99,32 @@ def test_relabelling_keeps_what_was_seen_and_asks_for_something_else(batch, monk
         assert float(reward[i]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_relabelling_batches_are_left_alone():
-    batch = [torch.randn(6, 9), torch.randn(6, 2), torch.randn(6, 1), torch.ones(6, 1),
-             torch.randn(6, 9)]
-    assert all(map(torch.equal, make_agent(0.0).augment(*batch), batch))
-    assert torch.equal(make_agent(0.5).augment(*batch)[2][3:], batch[2][3:])
+def test_without_relabelling_batches_are_left_alone(batch):
+    n = len(batch[0])
+    assert all(map(torch.equal, make_agent().draw(Stored(batch), n), batch))
+    half = make_agent(0.5).draw(Stored(batch), n)
+    assert all(torch.equal(part[n // 2:], was[n // 2:])
+               for part, was in zip(half, batch, strict=True))
+
+
+def test_in_hindsight_the_targets_are_what_came_of_it():
+    """A ring with one episode of known features: 1, 2, ..., 6, then 6 for ever."""
+    spec = specs.Array((9,), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        ring = ReplayBuffer(folder, spec, FakeEnv().action_spec(), 20, 1, 0.9)
+        for t in range(7):
+            obs = np.array([t, t, t - 1, t - 1, 50, 50, 50, 50, 1 - t / 6], np.float32)
+            step = dm_env.restart(obs) if t == 0 else (
+                dm_env.transition(-9.0, obs) if t < 6 else dm_env.termination(-9.0, obs))
+            ring.add(step, None if t == 0 else np.full(2, t / 10))
+        obs, action, reward, discount, next_obs = make_agent(hindsight=1.0).draw(ring, 64)
+    for t, left in enumerate(1 - np.arange(6) / 6):
+        rows = obs[:, 0] == t
+        assert rows.any()
+        assert (obs[rows, :4] == torch.tensor([t, t, t - 1, t - 1])).all()
+        after, later = min(t + 2, 6), min(t + 3, 6)
+        assert (obs[rows, 4:8] == torch.tensor([t + 1, t + 1, after, after])).all()
+        assert (next_obs[rows, 4:8] == torch.tensor([after, after, later, later])).all()
+        torch.testing.assert_close(obs[rows, 8], torch.full_like(obs[rows, 8], left))
+        assert (reward[rows] == 0).all() and (discount[rows] == (0.9 if t < 5 else 0)).all()
+        torch.testing.assert_close(action[rows], torch.full_like(action[rows], (t + 1) / 10))

@@ -107,8 +107,8 @@ def make_env(cfg, model, split):
 def make(cfg, model, work_dir):
     work_dir.mkdir(exist_ok=True)
     envs = [make_env(cfg, model, split) for split in ('train', 'valid')]
-    agent_args = dict(obs_shape=[4 * 5 + 1], action_dim=2, z_dim=4, num_frames=3, hidden_dim=16,
-                      feature_dim=None, num_expl_steps=10)
+    agent_args = dict(obs_shape=[4 * 5 + 1], action_dim=2, z_dim=4, num_frames=3, lookahead=[1, 2],
+                      hidden_dim=16, feature_dim=None, num_expl_steps=10, hindsight=0.5)
     return Workspace(cfg, work_dir, 'imitator', *envs, ACAgent, agent_args, {})
 
 
@@ -168,8 +168,15 @@ def test_a_missing_translator_is_told_with_the_command(cfg, monkeypatch, tmp_pat
         train_ac.imitate(cfg, tmp_path)
 
 
+def test_shares_of_a_batch_are_no_more_than_the_batch(cfg, tmp_path):
+    for override in ({'relabel': 0.6, 'hindsight': 0.5}, {'hindsight': -0.1}):
+        cfg.merge_with(override)
+        with pytest.raises(UserError, match='shares'):
+            train_ac.imitate(cfg, tmp_path)
+
+
 def test_images_and_longer_returns_cannot_be_relabelled(cfg, tmp_path):
     for override in ({'w_img': 0.5, 'nstep': 1}, {'w_img': 0, 'nstep': 3}):
-        cfg.merge_with({'relabel': 0.5, **override})
+        cfg.merge_with({'relabel': 0.5, 'hindsight': 0.5, **override})
         with pytest.raises(UserError, match='set relabel=0'):
             train_ac.imitate(cfg, tmp_path)
