@@ -42,9 +42,10 @@ class ACAgent(DrQV2Agent):
         Args:
           obs_shape: (n,), of the flat observation.
           z_dim, num_frames, lookahead, w_feature, time_power: as `dmc.Imitation` has them.
-          relabel: the share of transitions that get targets of others. Above 0 it takes transitions
-            of one step (nstep 1), and the target of the next step first in `lookahead`.
-          hindsight: the share that get as targets what came of them.
+          relabel: the share of transitions that get targets of others. Above 0 it takes the target
+            of the next step first in `lookahead`.
+          hindsight: the share that get as targets what came of them. Both take transitions of one
+            step (nstep 1).
           drqv2_args: see `DrQV2Agent`.
         """
         self._z_dim, self._seen, self._lookahead = z_dim, z_dim * num_frames, list(lookahead)

@@ -163,6 +163,7 @@ class Workspace:
         if self.global_step > self.first_step:
             self.save_snapshot()
         self.replay_buffer.remove()
+        self.beside.shutdown()
         self.logger.close()
 
     def save_snapshot(self):

@@ -160,9 +160,16 @@ def imitate(cfg, work_dir: Path) -> str:
     if min(cfg.relabel, cfg.hindsight) < 0 or cfg.relabel + cfg.hindsight > 1:
         raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} are shares of one '
                         'batch: set them to 0 or more, and no more than 1 together.')
-    if cfg.relabel and (cfg.w_img or cfg.nstep != 1 or cfg.lookahead[0] != 1):
+    if (cfg.relabel or cfg.hindsight) and cfg.nstep != 1:
+        raise UserError(f'nstep={cfg.nstep} goes with the targets that were there: set nstep=1, or '
+                        'relabel=0 hindsight=0.')
+    if not cfg.lookahead or min(cfg.lookahead) < 1:
+        raise UserError(f'lookahead={list(cfg.lookahead)} is no list of steps ahead: set '
+                        'lookahead=[1,3,6,12].')
+    if cfg.relabel and (cfg.w_img or cfg.lookahead[0] != 1):
         raise UserError(f'relabel={cfg.relabel} works out rewards from observations, which takes '
-                        'w_img=0, nstep=1 and 1 as the first lookahead: set relabel=0.')
+                        'w_img=0 and 1 as the first lookahead: set relabel=0.')
+    utils.set_precision(cfg.precision)
     device = utils.pick_device(cfg.device)
     made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name,
                                remedy=f'python train_ct.py task={cfg.task_name}')
@@ -199,8 +206,7 @@ def imitate(cfg, work_dir: Path) -> str:
                       action_dim=train_env.action_spec().shape[0])
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot),
                'expert_sha256': meta['expert_sha256'], 'num_demos': len(train_clips),
-               'lookahead': list(cfg.lookahead), 'num_frames': cfg.num_frames,
-               **{key: cfg[key] for key in ('time_power', 'w_feature', 'w_img')}}
+               'w_img': cfg.w_img}
     workspace = Workspace(cfg, work_dir, 'imitator', train_env, eval_env, ACAgent,
                           agent_args, made_by)
     workspace.train()

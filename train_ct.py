@@ -199,8 +199,7 @@ def train(cfg, work_dir: Path):
     """
     utils.require_at_least(cfg, 1, 'num_train_steps', 'batch_size', 'frames_per_clip', 'log_every',
                            'eval_every', 'snapshot_every', 'num_eval_clips')
-    if cfg.precision not in ('bf16', 'fp32'):
-        raise UserError(f'precision={cfg.precision} is neither bf16 nor fp32: set precision=fp32.')
+    utils.set_precision(cfg.precision)
     weights = OmegaConf.to_container(cfg.weights)
     if not 0 <= weights['foreground'] <= 1:
         raise UserError(f"weights.foreground={weights['foreground']} is no share: set it in [0,1].")

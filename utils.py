@@ -123,7 +123,7 @@ def set_precision(name: str):
     Raises: UserError for another name.
     """
     if name not in ('fp32', 'bf16'):
-        raise UserError(f'precision={name} is neither fp32 nor bf16.')
+        raise UserError(f'precision={name} is neither bf16 nor fp32: set precision=fp32.')
     fast = name == 'bf16'
     torch.backends.mkldnn.matmul.fp32_precision = 'bf16' if fast else 'ieee'
     torch.backends.cuda.matmul.fp32_precision = 'tf32' if fast else 'ieee'

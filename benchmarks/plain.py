@@ -102,7 +102,8 @@ class Replay:
                                   time_step.discount))
 
     def _draw(self):
-        episode = self.episodes[np.random.randint(len(self.episodes))]
+        episodes = [episode for episode in self.episodes if len(episode) > 1]
+        episode = episodes[np.random.randint(len(episodes))]
         start = np.random.randint(len(episode) - 1)
         reward, discount = 0.0, 1.0
         for row in episode[start + 1:start + 1 + self.nstep]:

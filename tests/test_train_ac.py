@@ -175,8 +175,13 @@ def test_shares_of_a_batch_are_no_more_than_the_batch(cfg, tmp_path):
             train_ac.imitate(cfg, tmp_path)
 
 
-def test_images_and_longer_returns_cannot_be_relabelled(cfg, tmp_path):
-    for override in ({'w_img': 0.5, 'nstep': 1}, {'w_img': 0, 'nstep': 3}):
-        cfg.merge_with({'relabel': 0.5, 'hindsight': 0.5, **override})
-        with pytest.raises(UserError, match='set relabel=0'):
-            train_ac.imitate(cfg, tmp_path)
+@pytest.mark.parametrize('overrides, mend', [
+    ({'relabel': 0.5, 'w_img': 0.5}, 'set relabel=0'),
+    ({'relabel': 0.5, 'w_img': 0, 'lookahead': [2]}, 'set relabel=0'),
+    ({'hindsight': 0.5, 'nstep': 3}, 'set nstep=1'),
+    ({'lookahead': []}, r'lookahead=\[1,3'), ({'lookahead': [0, 1]}, r'lookahead=\[1,3'),
+    ({'precision': 'fp8'}, 'set precision=fp32')])
+def test_settings_that_do_not_go_together_are_told_before_any_work(cfg, tmp_path, overrides, mend):
+    cfg.merge_with(overrides)
+    with pytest.raises(UserError, match=mend):
+        train_ac.imitate(cfg, tmp_path)
