@@ -47,7 +47,6 @@ class Workspace:
         device = utils.pick_device(cfg.device)
         utils.set_seed_everywhere(cfg.seed)
         self.agent = agent_class(**agent_args, device=device)
-        self.beside = ThreadPoolExecutor(1)
         if device.type == 'cpu' and len(train_env.observation_spec().shape) == 1:
             torch.set_num_threads(1)  # small matrices: the other core is the environment's
         self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
@@ -86,37 +85,43 @@ class Workspace:
         if train_until_step(self.global_step):
             time_step = self.start_episode()
 
-        while train_until_step(self.global_step):
-            # sample an action
-            with utils.eval_mode(self.agent.encoder, self.agent.actor):
-                action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
-            # try to update the agent; the environment takes its step meanwhile
-            update = None
-            if not seed_until_step(self.global_step) and len(self.replay_buffer):
-                update = self.beside.submit(self.agent.update, self.replay_buffer, cfg.batch_size,
-                                            self.global_step)
-            time_step = self.train_env.step(action)
-            if update:
-                self.logger.log_metrics(update.result(), self.global_frame)
-            # remember the step
-            self.episode_reward += time_step.reward
-            self.episode_step += 1
-            self.global_step += 1
-            self.replay_buffer.add(time_step, action)
-
-            if time_step.last():
-                # Logging, evaluation and snapshots all fall between two episodes: a resumed run
-                # need not restore one that is half played.
-                self.global_episode += 1
-                log_now, eval_now, snapshot_now = [check(self.global_step) for check in every]
-                if log_now or snapshot_now:  # means over both sides of it would not survive a kill
-                    self.log_episode()
-                if eval_now:
-                    self.eval()
-                if snapshot_now:
-                    self.save_snapshot()
-                time_step = self.start_episode()
+        with ThreadPoolExecutor(1) as beside:  # whatever ends the loop, no update outlives it
+            while train_until_step(self.global_step):
+                time_step = self.step(time_step, beside,
+                                      try_update=not seed_until_step(self.global_step))
+                if time_step.last():
+                    # Logging, evaluation and snapshots all fall between two episodes: a resumed
+                    # run need not restore one that is half played.
+                    self.global_episode += 1
+                    log_now, eval_now, snapshot_now = [check(self.global_step) for check in every]
+                    if log_now or snapshot_now:  # means from before a kill would be lost with it
+                        self.log_episode()
+                    if eval_now:
+                        self.eval()
+                    if snapshot_now:
+                        self.save_snapshot()
+                    time_step = self.start_episode()
         self.finish()
+
+    def step(self, time_step, beside: ThreadPoolExecutor, try_update: bool):
+        """One step of the training environment from `time_step`, and the update that is due."""
+        # sample an action
+        with utils.eval_mode(self.agent.encoder, self.agent.actor):
+            action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
+        # try to update the agent; the environment takes its step meanwhile
+        update = None
+        if try_update and len(self.replay_buffer):
+            update = beside.submit(self.agent.update, self.replay_buffer, self.cfg.batch_size,
+                                   self.global_step)
+        time_step = self.train_env.step(action)
+        if update:
+            self.logger.log_metrics(update.result(), self.global_frame)
+        # remember the step
+        self.episode_reward += time_step.reward
+        self.episode_step += 1
+        self.global_step += 1
+        self.replay_buffer.add(time_step, action)
+        return time_step
 
     def start_episode(self):
         self.episode_reward, self.episode_step = 0.0, 0
@@ -163,7 +168,6 @@ class Workspace:
         if self.global_step > self.first_step:
             self.save_snapshot()
         self.replay_buffer.remove()
-        self.beside.shutdown()
         self.logger.close()
 
     def save_snapshot(self):

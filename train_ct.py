@@ -23,7 +23,7 @@ class PairSampler:
     """Draws source and target clips from a dataset; all its randomness is in `rng`."""
 
     def __init__(self, clips: video.Clips, pairs: str, frames_per_clip: int,
-                 augment_colours: bool, seed: int):
+                 augment_mirror: bool, augment_colours: bool, seed: int):
         """Raises: UserError where the dataset cannot give such pairs."""
         num_contexts, num_frames = clips.meta['num_contexts'], clips.meta['episode_len'] + 1
         command = f"python generate_expert_video.py task={clips.meta['task']}"
@@ -40,7 +40,8 @@ class PairSampler:
         if frames_per_clip > num_frames:
             raise UserError(f'{clips.root} holds clips of {num_frames} frames: set '
                             f'frames_per_clip={num_frames} or less.')
-        self._clips, self._pairs, self._augment_colours = clips, pairs, augment_colours
+        self._clips, self._pairs = clips, pairs
+        self._augment_mirror, self._augment_colours = augment_mirror, augment_colours
         self._num_contexts, self._num_frames, self._moves = num_contexts, num_frames, {}
         self._frames_per_clip, self.rng = frames_per_clip, np.random.default_rng(seed)
 
@@ -78,6 +79,8 @@ class PairSampler:
             target = self._clips.frames(j)[target_context]
             clip = np.concatenate([target[:1], target[frames]])
             source = self._clips.frames(i)[source_context][frames]
+            if self._augment_mirror and self.rng.integers(2):
+                source, clip = source[:, :, ::-1], clip[:, :, ::-1]
             if self._augment_colours:
                 source, clip = self._recolour(source), self._recolour(clip)
             for part, values in zip(batch, (source, clip[1:], clip[0]), strict=True):
@@ -210,7 +213,8 @@ def train(cfg, work_dir: Path):
     device = utils.pick_device(cfg.device)
     root = Path(cfg.data_dir)
     clips = video.Clips(root / 'train', cfg.task_name)
-    sampler = PairSampler(clips, cfg.pairs, cfg.frames_per_clip, cfg.augment_colours, cfg.seed)
+    sampler = PairSampler(clips, cfg.pairs, cfg.frames_per_clip, cfg.augment_mirror,
+                          cfg.augment_colours, cfg.seed)
     utils.set_seed_everywhere(cfg.seed)
     model_args = {**OmegaConf.to_container(cfg.model), 'im_size': clips.meta['im_size']}
     model = ContextTranslator(**model_args).to(device)
@@ -222,7 +226,7 @@ def train(cfg, work_dir: Path):
     made_by = {'weights': weights, 'expert_sha256': clips.meta['expert_sha256'],
                'num_clips': len(clips), 'videos': clips.meta['versions'],
                **{key: cfg[key] for key in ('seed', 'pairs', 'batch_size', 'frames_per_clip',
-                                            'augment_colours', 'precision')}}
+                                            'augment_mirror', 'augment_colours', 'precision')}}
     path, best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'
     step, best, elapsed = 0, float('inf'), 0.0
     if utils.newest_snapshot(path):

@@ -86,6 +86,21 @@ def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels,
         assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
 
 
+def test_no_update_outlives_the_loop(tmp_path):
+    """Else it would go on drawing random numbers, those of a run resumed in the same process."""
+    workspace, running = make(tmp_path, False, DyingEnv(False, 60)), []
+
+    def slow_update(*_):
+        running.append(True)
+        time.sleep(0.05)
+        running.pop()
+        return {}
+    workspace.agent.update = slow_update
+    with pytest.raises(Killed):
+        workspace.train()
+    assert not running
+
+
 def test_what_the_agent_learns_from_is_what_the_environment_showed(tmp_path):
     """Flat states are stored whole, not as if they were stacked frames."""
     workspace = make(tmp_path, pixels=False, num_train_frames=40)

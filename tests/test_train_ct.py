@@ -59,7 +59,7 @@ def config(data, *overrides):
 
 
 def sampler(data, pairs='same_episode', **changes):
-    options = dict(frames_per_clip=4, augment_colours=False, seed=1)
+    options = dict(frames_per_clip=4, augment_mirror=False, augment_colours=False, seed=1)
     return PairSampler(video.Clips(data / 'train'), pairs, **{**options, **changes})
 
 
@@ -121,6 +121,20 @@ def test_colours_are_changed_alike_in_a_whole_clip(data):
         assert of_source and of_target & of_first
         seen.add((min(of_source), min(of_target)))
     assert len(seen) > 80  # of 48 * 48, if both are drawn, and apart
+
+
+def test_mirrored_pairs_are_mirrored_whole_and_half_of_them(data):
+    plain, mirrored = sampler(data), sampler(data, augment_mirror=True)
+    flips = []
+    for _ in range(40):
+        state = mirrored.rng.bit_generator.state
+        pairs = [part.numpy()[0] for part in mirrored.sample(1)]
+        plain.rng.bit_generator.state = state
+        truth = [part.numpy()[0] for part in plain.sample(1)]
+        flips.append(not np.array_equal(pairs[0], truth[0]))
+        for pair, true in zip(pairs, truth, strict=True):
+            assert np.array_equal(pair, true[..., ::-1, :] if flips[-1] else true)
+    assert 10 < sum(flips) < 30
 
 
 class Killed(Exception):
