@@ -11,8 +11,6 @@ from torch.distributions.utils import _standard_normal
 
 import utils
 
-PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
-
 
 def random_shift(obs: torch.Tensor, pad: int = 4) -> torch.Tensor:
     """Shift each image by whole pixels in [-pad, pad], the border repeated.
@@ -75,7 +73,7 @@ class Encoder(nn.Module):
         if size < 1:
             raise utils.UserError(f'images of {height} pixels are too small for the encoder: set '
                                   'im_size=84, or no less than 16.')
-        self.convs, self._dtype = nn.ModuleList(convs), PRECISIONS[precision]
+        self.convs, self._dtype = nn.ModuleList(convs), utils.PRECISIONS[precision]
         self.repr_dim = 32 * size * size
         self.apply(weight_init)
 

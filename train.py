@@ -6,6 +6,7 @@ resume. The imitator (train_ac.py) runs in it as well.
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 
@@ -18,7 +19,18 @@ from utils import UserError
 from video import VideoRecorder
 
 TRAIN, EVAL = 0, 1  # streams of episode seeds
+DEAD_AFTER = 0.25  # of the frames: by then a run that learns is seen to
 LONGEST_EPISODE = dmc.MAX_EPISODE_STEPS + 1  # rows in the ring
+
+
+def check_settings(cfg):
+    """Raises: UserError for numbers with which there is no run."""
+    utils.require_at_least(cfg, 1, 'num_train_frames', 'batch_size', 'nstep', 'action_repeat',
+                           'num_eval_episodes', 'replay_buffer_size', 'snapshot_every_frames',
+                           'frame_stack')
+    if cfg.num_train_frames < cfg.action_repeat:
+        raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
+                        f'{cfg.action_repeat} frames: set it higher.')
 
 
 class Workspace:
@@ -33,9 +45,7 @@ class Workspace:
             snapshot, so that the agent can be made again from that alone.
           made_by: plain values to keep in the snapshot: where inputs came from.
         """
-        utils.require_at_least(cfg, 1, 'num_train_frames', 'batch_size', 'nstep', 'action_repeat',
-                               'num_eval_episodes', 'replay_buffer_size', 'snapshot_every_frames',
-                               'frame_stack')
+        check_settings(cfg)
         self.cfg, self.work_dir, self.kind = cfg, work_dir, kind
         self.train_env, self.eval_env = train_env, eval_env
         self.agent_args = agent_args
@@ -50,9 +60,6 @@ class Workspace:
         if device.type == 'cpu' and len(train_env.observation_spec().shape) == 1:
             torch.set_num_threads(1)  # small matrices: the other core is the environment's
         self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
-        if not self.num_train_steps:
-            raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
-                            f'{cfg.action_repeat} frames: set it higher.')
         # In rows. An episode has one more than steps: at worst, if it has one step, twice as many.
         slack = 2 * (cfg.snapshot_every_frames // cfg.action_repeat + LONGEST_EPISODE)
         capacity = min(cfg.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
@@ -62,6 +69,7 @@ class Workspace:
             cfg.discount, cfg.frame_stack if len(obs_spec.shape) == 3 else 1, slack, cfg.seed,
             device)
         self.elapsed, self.last_eval_step = 0.0, None
+        self.evaluations = []  # [frame, mean return, standard deviation]
         if utils.newest_snapshot(self.snapshot_path):
             self.load_snapshot()
         self.first_step = self.global_step
@@ -142,6 +150,7 @@ class Workspace:
 
     def eval(self):
         """Into `last_eval`, means over episodes whose seeds are the same at every evaluation."""
+        returns = []
         for episode in range(self.cfg.num_eval_episodes):
             time_step = self.eval_env.reset(
                 episode_seed=utils.derive_seed(self.cfg.seed, EVAL, episode))
@@ -154,12 +163,28 @@ class Workspace:
                 time_step = self.eval_env.step(action)
                 self.video.record(self.eval_env)
                 episode_reward += time_step.reward
+            returns.append(episode_reward)
             self.video.save(f'{self.global_frame}.mp4')
             self.logger.log_metrics({'episode_reward': episode_reward,
                                      **self.eval_env.episode_info}, self.global_frame, 'eval')
         self.logger.log_metrics({'total_time': self.timer.total()}, self.global_frame, 'eval')
         self.last_eval_step = self.global_step
         self.last_eval = self.logger.dump(self.global_frame, 'eval')
+        self.evaluations.append(
+            [self.global_frame, float(np.mean(returns)), float(np.std(returns))])
+        self.warn_if_dead()
+
+    def warn_if_dead(self):
+        """Once, at the first evaluation after `DEAD_AFTER` of the run."""
+        (_, untrained, spread), *later = self.evaluations
+        late = [frame >= DEAD_AFTER * self.cfg.num_train_frames for frame, *_ in later]
+        best = max((mean for _, mean, _ in later), default=0.0)
+        if late and late[-1] and sum(late) == 1 and best <= untrained + spread:
+            self.logger.progress.say(
+                f'warning: {DEAD_AFTER:.0%} of the frames are through, and no evaluation (best '
+                f'{best:.4g}) was better than before training ({untrained:.4g} +- {spread:.4g}): '
+                f'this run may be dead. Try another seed, as seed={self.cfg.seed + 1}, longer '
+                'exploration (stddev_schedule), or a lower lr.')
 
     def finish(self):
         """The last evaluation and snapshot; the replay buffer has served."""
@@ -175,7 +200,8 @@ class Workspace:
             'agent_args': self.agent_args, 'agent': self.agent.state_dict(),
             'made_by': self.made_by, 'replay_buffer': self.replay_buffer.state_dict(),
             'global_step': self.global_step, 'global_episode': self.global_episode,
-            'elapsed': self.timer.total(), 'rng': utils.get_rng_states()})
+            'evaluations': self.evaluations, 'elapsed': self.timer.total(),
+            'rng': utils.get_rng_states()})
 
     def load_snapshot(self):
         state = utils.load_snapshot(self.snapshot_path, self.kind, self.cfg.task_name,
@@ -186,7 +212,7 @@ class Workspace:
         self.global_step, self.global_episode = state['global_step'], state['global_episode']
         if self.global_step < self.num_train_steps:
             self.replay_buffer.load_state_dict(state['replay_buffer'])
-        self.elapsed = state['elapsed']
+        self.elapsed, self.evaluations = state['elapsed'], state['evaluations']
         utils.set_rng_states(state['rng'])
 
 
@@ -196,9 +222,7 @@ def env_args(cfg) -> dict:
                 im_size=cfg.im_size)
 
 
-@utils.main('train')
-def main(cfg):
-    work_dir = utils.work_dir()
+def make_workspace(cfg, work_dir: Path) -> Workspace:
     train_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     eval_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     if cfg.obs == 'pixels' or cfg.save_video:
@@ -206,8 +230,13 @@ def main(cfg):
     agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True),
                       obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0])
-    workspace = Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent, agent_args,
-                          {'env_args': env_args(cfg)})
+    return Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent, agent_args,
+                     {'env_args': env_args(cfg)})
+
+
+@utils.main('train')
+def main(cfg):
+    workspace = make_workspace(cfg, utils.work_dir())
     workspace.train()
     print(f'snapshot: {workspace.snapshot_path}\n'
           f'to film it: python utils.py slim {workspace.snapshot_path} '

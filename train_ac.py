@@ -16,7 +16,7 @@ import utils
 import video
 from ac_agent import ACAgent
 from ct_model import ContextTranslator, to_uint8
-from train import EVAL, Workspace
+from train import EVAL, Workspace, check_settings
 from utils import UserError
 
 
@@ -114,9 +114,9 @@ def film_demonstrations(cfg, im_size: int):
         sys.exit(code)
 
 
-def report(workspace: Workspace, env: dmc.Imitation, num_videos: int = 5) -> str:
+def report(workspace: Workspace, num_videos: int = 5) -> str:
     """Write report.md and demo.mp4 into the run's folder: what came of it, to read and to see."""
-    result, clips = workspace.last_eval, []
+    result, env, clips = workspace.last_eval, workspace.eval_env, []
     for episode in range(num_videos):
         time_step = env.reset(episode_seed=utils.derive_seed(workspace.cfg.seed, EVAL, episode))
         clips.append([env.panels(64)])
@@ -148,13 +148,13 @@ def make_env(cfg, clips: video.Clips, translator: DemoTranslator, evaluate: bool
                          list(cfg.lookahead), cfg.time_power, cfg.w_feature, cfg.w_img, evaluate)
 
 
-def imitate(cfg, work_dir: Path) -> str:
-    """The whole run -> what to print at its end.
+def make_workspace(cfg, work_dir: Path) -> Workspace:
+    """The run, ready to be trained; its expert films demonstrations if there are none.
 
     Raises: UserError for bad settings, translator or demonstrations, before anything is trained.
     """
-    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames', 'num_train_frames',
-                           'z_dim')
+    check_settings(cfg)
+    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames', 'z_dim')
     if min(cfg.w_feature, cfg.w_img) < 0 or not cfg.w_feature + cfg.w_img:
         raise UserError('w_feature and w_img must not be negative, nor both 0: set w_feature=1.')
     if min(cfg.relabel, cfg.hindsight) < 0 or cfg.relabel + cfg.hindsight > 1:
@@ -207,15 +207,14 @@ def imitate(cfg, work_dir: Path) -> str:
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot),
                'expert_sha256': meta['expert_sha256'], 'num_demos': len(train_clips),
                'w_img': cfg.w_img}
-    workspace = Workspace(cfg, work_dir, 'imitator', train_env, eval_env, ACAgent,
-                          agent_args, made_by)
-    workspace.train()
-    return f'snapshot: {workspace.snapshot_path}\n{report(workspace, eval_env)}'
+    return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, ACAgent, agent_args, made_by)
 
 
 @utils.main('train_ac')
 def main(cfg):
-    print(imitate(cfg, utils.work_dir()))
+    workspace = make_workspace(cfg, utils.work_dir())
+    workspace.train()
+    print(f'snapshot: {workspace.snapshot_path}\n{report(workspace)}')
 
 
 if __name__ == '__main__':

@@ -116,13 +116,16 @@ def set_seed_everywhere(seed: int):
     random.seed(seed)
 
 
+PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
+
+
 def set_precision(name: str):
     """Of this process's products of fp32 matrices: 'fp32', or 'bf16' for factors rounded to bf16
     (on CUDA to TF32) and sums in fp32.
 
     Raises: UserError for another name.
     """
-    if name not in ('fp32', 'bf16'):
+    if name not in PRECISIONS:
         raise UserError(f'precision={name} is neither bf16 nor fp32: set precision=fp32.')
     fast = name == 'bf16'
     torch.backends.mkldnn.matmul.fp32_precision = 'bf16' if fast else 'ieee'

@@ -6,13 +6,14 @@ Ours and the plain one (plain.py) take turns in one process; the table gives med
 ratio. Times depend on the machine and on what else it does; ratios much less.
 """
 import argparse
+import copy
 import json
 import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,15 +32,13 @@ from omegaconf import OmegaConf  # noqa: E402
 
 import ct_model  # noqa: E402
 import generate_expert_video  # noqa: E402
+import train  # noqa: E402
 import train_ac  # noqa: E402
 import train_ct  # noqa: E402
 import utils  # noqa: E402
-import video  # noqa: E402
-from ac_agent import ACAgent  # noqa: E402
-from drqv2 import DrQV2Agent, random_shift  # noqa: E402
-from replay_buffer import ReplayBuffer  # noqa: E402
+from drqv2 import random_shift  # noqa: E402
 
-TASK = 'reacher_hard'
+TASK, NUM_THREADS = 'reacher_hard', torch.get_num_threads()
 
 
 class Row(NamedTuple):
@@ -49,9 +48,10 @@ class Row(NamedTuple):
     unit: str           # of what `amount` counts
     amount: float       # what one call gets done
     ours: Callable
-    plain: Callable | None
+    plain: Callable
     repeats: int = 5
     floor: float | None = None  # seconds a call takes at the machine's peak, where that is known
+    plain_amount: float | None = None  # what one call of the plain one gets done, if not the same
 
 
 def config(name: str, *overrides: str):
@@ -77,18 +77,6 @@ class PlainPixels:
         return time_step._replace(observation=np.concatenate(self.frames))
 
 
-def walk(env, num_steps: int):
-    """Random steps: -> time_steps and actions."""
-    rng, time_step = np.random.default_rng(0), env.reset()
-    yield time_step, None
-    for _ in range(num_steps):
-        action = rng.uniform(-1, 1, 2).astype(np.float32)
-        time_step = env.step(action)
-        yield time_step, action
-        if time_step.last():
-            yield env.reset(), None
-
-
 def rendering(device, folder) -> Iterator[Row]:
     for task in (TASK, 'finger_spin', 'walker_walk'):
         ours, suite = dmc.load_suite(task), dmc.load_suite(task)
@@ -107,84 +95,80 @@ def rendering(device, folder) -> Iterator[Row]:
     yield Row('environment step, pixels', 'frames', 40, *steps)
 
 
-def fill(buffers, env, num_steps: int):
-    for time_step, action in walk(env, num_steps):
-        for buffer in buffers:
-            buffer.add(time_step, action)
+def run(workspace, num_steps: int) -> Callable:
+    """-> what goes `num_steps` on in the run's own loop, which has all that it needs to learn."""
+    time_step = workspace.start_episode()
+
+    def go(num_steps=num_steps, try_update=True):
+        nonlocal time_step
+        with ThreadPoolExecutor(1) as beside:
+            for _ in range(num_steps):
+                time_step = workspace.step(time_step, beside, try_update)
+                if time_step.last():
+                    time_step = workspace.start_episode()
+
+    while workspace.global_step < 2000 or not len(workspace.replay_buffer):  # random actions
+        go(1, try_update=False)
+    return go
 
 
-def ring(folder: Path, env, device) -> ReplayBuffer:
-    spec = env.observation_spec()
-    return ReplayBuffer(folder, spec, env.action_spec(), 20_000, 3, 0.99,
-                        3 if len(spec.shape) == 3 else 1, device=device)
+def plain_run(env, agent, replay, num_steps: int) -> Callable:
+    time_step = env.reset()
+    replay.add(time_step)
+
+    def go(num_steps=num_steps, try_update=True):
+        nonlocal time_step
+        for step in range(num_steps):
+            action = agent.act(time_step.observation)
+            if try_update and step % 2 == 0:
+                agent.update(*replay.sample(256))
+            time_step = env.step(action)
+            replay.add(time_step, action)
+            if time_step.last():
+                time_step = env.reset()
+                replay.add(time_step)
+
+    go(501, try_update=False)
+    return go
 
 
-def expert(device, obs: str = 'pixels', **changes) -> DrQV2Agent:
-    cfg = config('train', f'obs={obs}')
-    args = {**OmegaConf.to_container(cfg.agent, resolve=True), **changes}
-    shape = dmc.make(TASK, obs=obs).observation_spec().shape
-    return DrQV2Agent(shape, 2, device, **args)
+def short(device) -> tuple[str, ...]:
+    """Overrides of a run that is not trained to its end."""
+    return 'save_video=false', 'use_tb=false', 'num_train_frames=10_000', f'device={device.type}'
+
+
+class Fixed:
+    """In the place of a replay buffer: always the same batch."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def sample(self, batch_size):
+        return self.batch
 
 
 def learning(device, folder) -> Iterator[Row]:
-    env, slow_replay = dmc.make(TASK), plain.Replay()
-    buffer = ring(folder / 'pixels', env, device)
-    fill([buffer, slow_replay], env, 1500)
-    yield Row('replay sample, pixels, 256', 'batches', 1, lambda: buffer.sample(256),
+    fast = train.make_workspace(config('train', *short(device)), folder / 'pixels')
+    loop = run(fast, 10)
+    slow, slow_replay = plain.PlainAgent(fast.agent), plain.Replay()
+    slow_loop = plain_run(PlainPixels(), slow, slow_replay, 4)
+    yield Row('replay sample, pixels, 256', 'batches', 1, lambda: fast.replay_buffer.sample(256),
               lambda: slow_replay.sample(256), 10)
-    batch = buffer.sample(256)
-    yield Row('augmentation, 256', 'batches', 1, lambda: random_shift(batch[0]),
-              lambda: plain.random_shift(batch[0].cpu()))
-    agent = expert(device)
-    slow = plain.PlainAgent(agent if device.type == 'cpu' else expert('cpu'))
-
-    class Batch:
-        @staticmethod
-        def sample(_):
-            return batch
-
+    batch = fast.replay_buffer.sample(256)
     cpu_batch = [part.cpu() for part in batch]
+    yield Row('augmentation, 256', 'batches', 1, lambda: random_shift(batch[0]),
+              lambda: plain.random_shift(cpu_batch[0]))
     flops = 104e9  # see references: of one update at batch 256
-    yield Row('DrQ-v2 update, batch 256', 'updates', 1, lambda: agent.update(Batch, 256, 0),
-              lambda: slow.update(*cpu_batch), 3, flops / peak_flops(device))
-
-    def fast_loop(env, agent, buffer, num_steps, time_steps):
-        for step in range(num_steps):
-            action = agent.act(time_steps[-1].observation, 10_000, False)
-            agent.update(buffer, 256, step)
-            time_step = env.step(action)
-            buffer.add(time_step, action)
-            if time_step.last():
-                time_step = env.reset()
-                buffer.add(time_step)
-            time_steps[:] = [time_step]
-
-    slow_env, slow_steps = PlainPixels(), []
-
-    def slow_loop():
-        time_step = slow_steps[-1] if slow_steps else slow_env.reset()
-        slow_replay.add(dmc.dm_env.restart(time_step.observation))
-        for step in range(4):
-            action = slow.act(time_step.observation)
-            if step % 2 == 0:
-                slow.update(*slow_replay.sample(256))
-            time_step = slow_env.step(action)
-            slow_replay.add(time_step, action)
-        slow_steps[:] = [time_step]
-
-    first = env.reset()
-    buffer.add(first)
-    steps = [first]
-    yield Row('training loop, pixels', 'frames', 8,
-              lambda: fast_loop(env, agent, buffer, 4, steps), slow_loop, 3)
-    states = dmc.make(TASK, obs='states')
-    state_buffer, state_agent = ring(folder / 'states', states, device), expert(device, 'states')
-    fill([state_buffer], states, 3000)
-    first = states.reset()
-    state_buffer.add(first)
-    state_steps = [first]
-    yield Row('training loop, states', 'frames', 400,
-              lambda: fast_loop(states, state_agent, state_buffer, 200, state_steps), None)
+    yield Row('DrQ-v2 update, batch 256', 'updates', 1,
+              lambda: fast.agent.update(Fixed(batch), 256, 0),
+              lambda: slow.update(*cpu_batch), 5, flops / peak_flops(device))
+    yield Row('training loop, pixels', 'frames', 20, loop, slow_loop, 5, plain_amount=8)
+    fast_states = train.make_workspace(config('train', 'obs=states', *short(device)),
+                                       folder / 'states')
+    slow_states = plain_run(dmc.make(TASK, obs='states'), plain.PlainAgent(fast_states.agent),
+                            plain.Replay(), 40)
+    yield Row('training loop, states', 'frames', 800, run(fast_states, 400), slow_states,
+              plain_amount=80)
 
 
 def studio_cfg(folder, **changes):
@@ -252,58 +236,34 @@ def translating(device, folder) -> Iterator[Row]:
 
 
 def imitating(device, folder) -> Iterator[Row]:
-    """An episode of the imitator with its updates; the plain one films 32 demonstrations first."""
-    made = utils.load_snapshot(ROOT / f'ct/{TASK}.pt', 'translator', TASK, 'train it')
-    model = ct_model.ContextTranslator(**made['model_args'])
-    model.load_state_dict(made['model'])
-    model.to(device).eval()
-    cfg = studio_cfg(folder / 'demos', num_train=8, num_valid=1)
-    generate_expert_video.generate(cfg)
-    clips = video.Clips(folder / 'demos/train')
-    cfg = config('train_ac')
-    translator = train_ac.DemoTranslator(model, clips, cfg.z_dim)
-    env = train_ac.make_env(cfg, clips, translator, evaluate=False)
-    agent = ACAgent(env.observation_spec().shape, 2, device=device,
-                    **OmegaConf.to_container(cfg.agent, resolve=True))
-    buffer = ring(folder / 'imitation', env, device)
-    fill([buffer], env, 2000)
-    suite, slow_model = PlainPixels(model.im_size), ct_model.ContextTranslator(**made['model_args'])
-    slow_model.load_state_dict(made['model'])
-    slow_agent, scripted = plain.PlainAgent(agent), np.zeros(2, np.float32)
+    """Steps of the imitator; the plain one films 32 demonstrations before each episode."""
+    generate_expert_video.generate(studio_cfg(folder / 'demos', num_train=8, num_valid=1))
+    cfg = config('train_ac', f'data_dir={folder}/demos', f'snapshot={ROOT}/ct/{TASK}.pt',
+                 *short(device))
+    workspace = train_ac.make_workspace(cfg, folder / 'imitation')
+    loop = run(workspace, 200)
+    model, horizon = copy.deepcopy(workspace.train_env._translator.model).cpu(), 50
+    suite, agent = PlainPixels(model.im_size), plain.PlainAgent(workspace.agent)
+    action = np.zeros(2, np.float32)
 
-    def episode():
-        time_step = env.reset()
-        buffer.add(time_step)
-        step = 0
-        while not time_step.last():
-            action = agent.act(time_step.observation, 10_000, False)
-            agent.update(buffer, cfg.batch_size, step)
-            time_step = env.step(action)
-            buffer.add(time_step, action)
-            step += 1
+    def film(num_frames):
+        frames = [suite.reset(), *(suite.step(action) for _ in range(num_frames - 1))]
+        newest = np.stack([time_step.observation[-3:] for time_step in frames])
+        return torch.from_numpy(newest.transpose(0, 2, 3, 1).copy())
 
     @torch.no_grad()
-    def encoded(frame):
-        return slow_model.encode(torch.from_numpy(frame)[None])
+    def episode():
+        demonstrations = [film(horizon + 1) for _ in range(32)]
+        context = model.context(film(1))
+        for frames in demonstrations:
+            model.decode(model.translate(model.encode(frames[None]), context), context)
+        for _ in range(horizon):
+            suite.step(action)
+            model.encode(torch.from_numpy(suite.frames[-1].transpose(1, 2, 0).copy())[None])
+            with torch.enable_grad():
+                agent.update(*workspace.agent.draw(workspace.replay_buffer, cfg.batch_size))
 
-    def slow_episode():
-        videos = []
-        for _ in range(32):
-            frames = [suite.reset().observation[-3:]]
-            frames += [suite.step(scripted).observation[-3:] for _ in range(50)]
-            videos.append(torch.from_numpy(np.stack(frames).transpose(0, 2, 3, 1)))
-        with torch.no_grad():
-            first = suite.reset().observation[-3:].transpose(1, 2, 0)
-            context = slow_model.context(torch.from_numpy(np.ascontiguousarray(first))[None])
-            for frames in videos:
-                z3 = slow_model.translate(slow_model.encode(frames[None]), context)
-                slow_model.decode(z3, context)
-        for _ in range(50):
-            frame = suite.step(scripted).observation[-3:].transpose(1, 2, 0)
-            encoded(np.ascontiguousarray(frame))
-            slow_agent.update(*buffer.sample(cfg.batch_size))
-
-    yield Row('imitator: an episode of 50 steps and updates', 'steps', 50, episode, slow_episode, 1)
+    yield Row('imitator: steps and updates', 'steps', 200, loop, episode, 3, plain_amount=horizon)
 
 
 PARTS = {'rendering': rendering, 'learning': learning, 'filming': filming,
@@ -327,19 +287,23 @@ def timed(call: Callable, device) -> float:
 
 def measure(row: Row, device) -> dict:
     """Both by turns, after a call of each that is not counted."""
-    calls = {'ours': row.ours, 'plain': row.plain}
-    times = {name: [] for name, call in calls.items() if call}
+    settings = {'ours': ('bf16', torch.get_num_threads()), 'plain': ('fp32', NUM_THREADS)}
+    calls = {'ours': (row.ours, row.amount), 'plain': (row.plain, row.plain_amount or row.amount)}
+    speeds = {name: [] for name in calls}
     for repeat in range(row.repeats + 1):
-        for name in times:
-            seconds = timed(calls[name], device)
-            if repeat or row.repeats == 1:
-                times[name].append(seconds)
-    result = {'part': row.part, 'unit': f'{row.unit}/s',
-              **{name: row.amount / float(np.median(values)) for name, values in times.items()}}
-    if row.plain:
-        result['ratio'] = result['ours'] / result['plain']
+        for name, (call, amount) in calls.items():
+            precision, num_threads = settings[name]
+            utils.set_precision(precision)
+            torch.set_num_threads(num_threads)
+            seconds = timed(call, device)
+            if repeat:
+                speeds[name].append(amount / seconds)
+    torch.set_num_threads(NUM_THREADS)
+    ours, slow = (float(np.median(values)) for values in speeds.values())
+    result = {'part': row.part, 'unit': f'{row.unit}/s', 'ours': ours, 'plain': slow,
+              'ratio': ours / slow}
     if row.floor:
-        result['share_of_peak'] = result['ours'] / row.amount * row.floor
+        result['share_of_peak'] = ours / row.amount * row.floor
     return result
 
 
@@ -363,10 +327,9 @@ def main():
                 if args.json:
                     print(json.dumps(result), flush=True)
                     continue
-                cells = [f"{result['ours']:.4g} {result['unit']}"]
-                cells += [f"{result[key]:{form}}" if key in result else '' for key, form in
-                          (('plain', '.4g'), ('ratio', '.1f'), ('share_of_peak', '.0%'))]
-                print(f"| {result['part']} | {' | '.join(cells)} |", flush=True)
+                share = f"{result['share_of_peak']:.0%}" if row.floor else ''
+                print(f"| {row.part} | {result['ours']:.4g} {result['unit']} | "
+                      f"{result['plain']:.4g} | {result['ratio']:.1f} | {share} |", flush=True)
 
 
 if __name__ == '__main__':

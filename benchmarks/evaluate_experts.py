@@ -1,6 +1,7 @@
 """How good the shipped experts are: python benchmarks/evaluate_experts.py [--episodes 20]
 
-Plays each experts/<task>.pt and a random policy, and writes experts/README.md.
+Plays each experts/<task>.pt and a random policy, and writes experts/README.md and
+demo/expert/<task>.gif.
 """
 import argparse
 import csv
@@ -16,6 +17,7 @@ import dmc  # noqa: E402  first: it chooses the OpenGL backend
 
 # isort: split
 import utils  # noqa: E402
+import video  # noqa: E402
 from generate_expert_video import load_expert  # noqa: E402
 from train import EVAL  # noqa: E402
 
@@ -46,6 +48,18 @@ def evaluate(path: Path, num_episodes: int) -> tuple[np.ndarray, np.ndarray]:
     env = dmc.make(path.stem, **{**env_args, 'obs': 'states'})  # its observations are not looked at
     rng, shape = np.random.default_rng(SEED), env.action_spec().shape
     return expert, play(env, lambda _: rng.uniform(-1, 1, shape), num_episodes)
+
+
+def film(path: Path, num_steps: int = 100, im_size: int = 128) -> np.ndarray:
+    """The start of the first episode, every other step: uint8 (num_steps / 2, H, W, 3)."""
+    agent, env_args = load_expert(path, path.stem)
+    env, frames = dmc.make(path.stem, **env_args), []
+    time_step = env.reset(episode_seed=utils.derive_seed(SEED, EVAL, 0))
+    for step in range(num_steps):
+        if step % 2 == 0:
+            frames.append(env.render(im_size))
+        time_step = env.step(agent.act(time_step.observation, 0, eval_mode=True))
+    return np.stack(frames)
 
 
 def official(task: str, frames: int) -> tuple[str, str]:
@@ -84,7 +98,11 @@ def main():
     num_episodes = parser.parse_args().episodes
     names = ['task', 'obs', 'frames', 'time', 'return', 'bar', 'random', 'DrQ-v2, same frames',
              'DrQ-v2, end', 'command', 'versions', 'sha256']
-    lines = [line(path, num_episodes) for path in sorted((ROOT / 'experts').glob('*.pt'))]
+    paths = sorted((ROOT / 'experts').glob('*.pt'))
+    lines = [line(path, num_episodes) for path in paths]
+    (ROOT / 'demo/expert').mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        video.save(ROOT / f'demo/expert/{path.stem}.gif', film(path), fps=15)
     text = ('# Trained experts\n\n'
             'Made by `python benchmarks/evaluate_experts.py`: return over '
             f'{num_episodes} episodes of 1000 frames, mean ± standard deviation, of the '

@@ -123,6 +123,18 @@ def test_the_end_of_a_run(tmp_path):
     assert workspace.global_step == 200
 
 
+def test_a_dead_run_is_told_once_and_a_live_one_is_not(tmp_path, capsys):
+    workspace = make(tmp_path, pixels=False)
+    for frame, mean, warned in ((0, 5.0, False), (80, 5.5, False), (100, 5.9, True),
+                                (200, 5.0, False)):
+        workspace.evaluations.append([frame, mean, 1.0])
+        workspace.warn_if_dead()
+        assert ('seed=2' in capsys.readouterr().out) == warned
+    workspace.evaluations[1:] = [[80, 6.5, 1.0], [100, 5.0, 1.0]]
+    workspace.warn_if_dead()
+    assert not capsys.readouterr().out
+
+
 def test_a_finished_run_can_be_looked_at_again_but_not_prolonged(tmp_path):
     make(tmp_path, pixels=False).train()
     before = weights(tmp_path)

@@ -136,7 +136,7 @@ def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, model, 
 def test_the_report_says_how_it_compares(cfg, model, tmp_path):
     workspace = make(cfg, model, tmp_path / 'run')
     workspace.train()
-    text = train_ac.report(workspace, workspace.eval_env, num_videos=1)
+    text = train_ac.report(workspace, num_videos=1)
     assert (tmp_path / 'run/report.md').exists() and (tmp_path / 'run/demo.mp4').exists()
     result = workspace.last_eval
     assert result['expert_return'] == 5.0
@@ -165,14 +165,14 @@ def test_the_agent_starts_where_the_filmed_episode_started(cfg, model):
 def test_a_missing_translator_is_told_with_the_command(cfg, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='python train_ct.py task=reacher_hard'):
-        train_ac.imitate(cfg, tmp_path)
+        train_ac.make_workspace(cfg, tmp_path)
 
 
 def test_shares_of_a_batch_are_no_more_than_the_batch(cfg, tmp_path):
     for override in ({'relabel': 0.6, 'hindsight': 0.5}, {'hindsight': -0.1}):
         cfg.merge_with(override)
         with pytest.raises(UserError, match='shares'):
-            train_ac.imitate(cfg, tmp_path)
+            train_ac.make_workspace(cfg, tmp_path)
 
 
 @pytest.mark.parametrize('overrides, mend', [
@@ -184,4 +184,4 @@ def test_shares_of_a_batch_are_no_more_than_the_batch(cfg, tmp_path):
 def test_settings_that_do_not_go_together_are_told_before_any_work(cfg, tmp_path, overrides, mend):
     cfg.merge_with(overrides)
     with pytest.raises(UserError, match=mend):
-        train_ac.imitate(cfg, tmp_path)
+        train_ac.make_workspace(cfg, tmp_path)
