@@ -1,6 +1,7 @@
 """The imitator: DrQ-v2's actor-critic on the features of a context translator."""
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from drqv2 import DrQV2Agent
 
@@ -32,12 +33,15 @@ class ACAgent(DrQV2Agent):
     relabelled (Andrychowicz et al. 2017): a share of each batch gets its targets and clock, and so
     its reward, from other transitions of it; another share gets as its targets what the agent
     itself did next, as if the demonstration had shown just that, which is perfect imitation and
-    otherwise rare.
+    otherwise rare. There, what it did is also the action to take: the policy learns it as an
+    inverse model (Torabi et al. 2018), which shows it the way to targets whose distance is much the
+    same all around them.
     """
 
     def __init__(self, obs_shape, action_dim: int, z_dim: int, num_frames: int,
                  lookahead: list[int], relabel: float = 0.0, hindsight: float = 0.0,
-                 w_feature: float = 1.0, time_power: float = 2.0, **drqv2_args):
+                 w_inverse: float = 0.0, w_feature: float = 1.0, time_power: float = 2.0,
+                 **drqv2_args):
         """
         Args:
           obs_shape: (n,), of the flat observation.
@@ -46,22 +50,29 @@ class ACAgent(DrQV2Agent):
             of the next step first in `lookahead`.
           hindsight: the share that get as targets what came of them. Both take transitions of one
             step (nstep 1).
+          w_inverse: of the inverse model's squared error of actions, beside the critic's value in
+            units of its mean size. Above 0 it takes hindsight.
           drqv2_args: see `DrQV2Agent`.
         """
         self._z_dim, self._seen, self._lookahead = z_dim, z_dim * num_frames, list(lookahead)
-        self._relabel, self._hindsight = relabel, hindsight
+        self._relabel, self._hindsight, self._w_inverse = relabel, hindsight, w_inverse
         self._w_feature, self._time_power = w_feature, time_power
         super().__init__(obs_shape, action_dim, **drqv2_args)
 
     def make_encoder(self, obs_shape: tuple[int, ...]) -> nn.Module:
         return TrackingEncoder(obs_shape[0], self._z_dim)
 
+    def _ends(self, batch_size: int) -> tuple[int, int]:
+        """The first n of a batch are relabelled, those up to m seen in hindsight."""
+        n = round(self._relabel * batch_size)
+        return n, n + round(self._hindsight * batch_size)
+
     def draw(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
         steps = sorted({step + more for step in self._lookahead for more in (0, 1)})
         obs, action, reward, discount, next_obs, *later = replay_buffer.sample(
             batch_size, ahead=steps if self._hindsight else ())
         seen, z_dim = self._seen, self._z_dim
-        n = round(self._relabel * batch_size)  # the first n of the batch
+        n, m = self._ends(batch_size)
         other = torch.randperm(n, device=obs.device)
         for x in (obs, next_obs):
             x[:n, seen:] = x[other, seen:]
@@ -71,10 +82,18 @@ class ACAgent(DrQV2Agent):
                       * missing.square().mean(1, keepdim=True))
         discount[:n] = discount[other]
 
-        m = n + round(self._hindsight * batch_size)  # the next m - n
         if later:
             done = {step: x[n:m, :z_dim] for step, x in zip(steps, later, strict=True)}
             obs[n:m, seen:-1] = torch.cat([done[step] for step in self._lookahead], dim=1)
             next_obs[n:m, seen:-1] = torch.cat([done[step + 1] for step in self._lookahead], dim=1)
             reward[n:m] = 0.0
         return obs, action, reward, discount, next_obs
+
+    def actor_loss(self, features, action, stddev):
+        if not self._w_inverse:
+            return super().actor_loss(features, action, stddev)
+        dist = self.actor(features, stddev)
+        value = torch.min(*self.critic(features, dist.sample(self.stddev_clip)))
+        n, m = self._ends(len(action))
+        inverse = F.mse_loss(dist.mean[n:m], action[n:m])
+        return -value.mean() / value.detach().abs().mean() + self._w_inverse * inverse

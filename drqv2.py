@@ -230,7 +230,7 @@ class DrQV2Agent:
         with torch.no_grad():
             next_features = self.encoder(next_obs)
         metrics = self.update_critic(features, action, reward, discount, next_features, stddev)
-        metrics |= self.update_actor(features.detach(), stddev)
+        metrics |= self.update_actor(features.detach(), action, stddev)
         with torch.no_grad():  # else the target would carry the graph of all updates along
             torch._foreach_lerp_(list(self.critic_target.parameters()),
                                  list(self.critic.parameters()), self.critic_target_tau)
@@ -249,12 +249,16 @@ class DrQV2Agent:
         return {'critic_target_q': target_q.mean(), 'critic_q1': q1.detach().mean(),
                 'critic_q2': q2.detach().mean(), 'critic_loss': loss.detach()}
 
-    def update_actor(self, features, stddev):
-        action = self.actor(features, stddev).sample(self.stddev_clip)
-        loss = -torch.min(*self.critic(features, action)).mean()
+    def update_actor(self, features, action, stddev):
+        loss = self.actor_loss(features, action, stddev)
         parameters = list(self.actor.parameters())
         # Not loss.backward(): that would also work out gradients of the critic, to throw them away.
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = grad
         self.actor_opt.step()
         return {'actor_loss': loss.detach()}
+
+    def actor_loss(self, features, action, stddev):
+        """`action`, those that were taken, is not of use here, but to the imitator."""
+        dist = self.actor(features, stddev)
+        return -torch.min(*self.critic(features, dist.sample(self.stddev_clip))).mean()

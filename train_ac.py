@@ -163,6 +163,9 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     if (cfg.relabel or cfg.hindsight) and cfg.nstep != 1:
         raise UserError(f'nstep={cfg.nstep} goes with the targets that were there: set nstep=1, or '
                         'relabel=0 hindsight=0.')
+    if cfg.w_inverse < 0 or (cfg.w_inverse and round(cfg.hindsight * cfg.batch_size) < 1):
+        raise UserError(f'w_inverse={cfg.w_inverse} must not be negative, and learns from what '
+                        f'hindsight={cfg.hindsight} gives: set hindsight=0.4, or w_inverse=0.')
     if not cfg.lookahead or min(cfg.lookahead) < 1:
         raise UserError(f'lookahead={list(cfg.lookahead)} is no list of steps ahead: set '
                         'lookahead=[1,3,6,12].')

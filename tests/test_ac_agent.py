@@ -53,6 +53,29 @@ def test_it_learns_to_go_where_the_target_is():
     assert np.mean(misses) < 0.1  # no action at all misses by 0.25
 
 
+def test_it_learns_the_way_from_what_it_did_itself():
+    """Nothing is rewarded; each step moves by the action."""
+    torch.manual_seed(0)
+    agent = ACAgent((5,), 2, z_dim=2, num_frames=1, lookahead=[1], hindsight=0.5, w_inverse=1.0,
+                    lr=1e-3, feature_dim=None, hidden_dim=64, stddev_schedule='0.2')
+
+    class Replay:
+        def sample(self, n, ahead):
+            obs, action = torch.randn(n, 5), torch.rand(n, 2) * 2 - 1
+            later = [torch.cat([obs[:, :2] + action, obs[:, 2:]], 1) for _ in ahead]
+            zeros = torch.zeros(n, 1)
+            return obs, action, zeros, zeros.clone(), later[0].clone(), *later
+
+    for step in range(0, 2000, 2):
+        agent.update(Replay(), 128, step)
+    rng, misses = np.random.default_rng(0), []
+    for _ in range(50):
+        now, way = rng.normal(size=2), rng.uniform(-0.5, 0.5, 2)
+        obs = np.array([*now, *(now + way), rng.normal()], np.float32)
+        misses.append(abs(agent.act(obs, 0, eval_mode=True) - way).mean())
+    assert np.mean(misses) < 0.1
+
+
 def make_agent(relabel=0.0, hindsight=0.0):
     return ACAgent((2 * 4 + 1,), 2, z_dim=2, num_frames=2, lookahead=[1, 2], relabel=relabel,
                    hindsight=hindsight, w_feature=0.5, time_power=2, hidden_dim=8,

@@ -179,6 +179,7 @@ def test_shares_of_a_batch_are_no_more_than_the_batch(cfg, tmp_path):
     ({'relabel': 0.5, 'w_img': 0.5}, 'set relabel=0'),
     ({'relabel': 0.5, 'w_img': 0, 'lookahead': [2]}, 'set relabel=0'),
     ({'hindsight': 0.5, 'nstep': 3}, 'set nstep=1'),
+    ({'relabel': 0, 'hindsight': 0}, 'w_inverse=0'), ({'w_inverse': -1}, 'w_inverse=0'),
     ({'lookahead': []}, r'lookahead=\[1,3'), ({'lookahead': [0, 1]}, r'lookahead=\[1,3'),
     ({'precision': 'fp8'}, 'set precision=fp32')])
 def test_settings_that_do_not_go_together_are_told_before_any_work(cfg, tmp_path, overrides, mend):
