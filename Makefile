@@ -10,7 +10,7 @@ BUDGET ?= full
 # What a budget buys, as overrides of each script: full is at most 20 minutes on two cores without
 # a GPU, smoke about 2.
 EXPERT_full      = num_train_frames=300_000
-VIDEOS_full      = num_train=200 num_valid=50
+VIDEOS_full      = num_train=500 num_valid=50
 TRANSLATOR_full  = num_train_steps=1500
 IMITATOR_full    = num_train_frames=80_000
 EXPERT_smoke     = num_train_frames=6_000

@@ -50,8 +50,8 @@ class ACAgent(DrQV2Agent):
             of the next step first in `lookahead`.
           hindsight: the share that get as targets what came of them. Both take transitions of one
             step (nstep 1).
-          w_inverse: of the inverse model's squared error of actions, beside the critic's value in
-            units of its mean size. Above 0 it takes hindsight.
+          w_inverse: of the inverse model's squared error of actions, beside the critic's value.
+            Above 0 it takes hindsight.
           drqv2_args: see `DrQV2Agent`.
         """
         self._z_dim, self._seen, self._lookahead = z_dim, z_dim * num_frames, list(lookahead)
@@ -90,10 +90,9 @@ class ACAgent(DrQV2Agent):
         return obs, action, reward, discount, next_obs
 
     def actor_loss(self, features, action, stddev):
-        if not self._w_inverse:
-            return super().actor_loss(features, action, stddev)
-        dist = self.actor(features, stddev)
-        value = torch.min(*self.critic(features, dist.sample(self.stddev_clip)))
-        n, m = self._ends(len(action))
-        inverse = F.mse_loss(dist.mean[n:m], action[n:m])
-        return -value.mean() / value.detach().abs().mean() + self._w_inverse * inverse
+        loss = super().actor_loss(features, action, stddev)
+        if self._w_inverse:
+            n, m = self._ends(len(action))
+            own = self.actor(features[n:m], stddev).mean
+            loss = loss + self._w_inverse * F.mse_loss(own, action[n:m])
+        return loss

@@ -30,18 +30,22 @@ class DemoTranslator:
     """
 
     def __init__(self, model: ContextTranslator, clips: video.Clips, z_dim: int,
-                 basis: tuple | None = None):
+                 basis: list | None = None):
         """
         Args:
           z_dim: how many discriminants.
-          basis: another DemoTranslator's, so that two give the same features and rewards.
+          basis: another DemoTranslator's, in plain values, so that both give the same features and
+            rewards. Worked out anew on another machine, axes may point the other way.
         """
         self.model, self._clips, self._encoded = model, clips, {}
         self._device = next(model.parameters()).device
         self.z_dim = z_dim
-        self.basis = self._mean, self._components, self.image_var = basis or self._find_basis()
+        self.basis = mean, components, self.image_var = basis or self._find_basis()
+        self._mean, self._components = (
+            torch.tensor(part, dtype=torch.float64, device=self._device)
+            for part in (mean, components))
 
-    def _find_basis(self, num_episodes: int = 100) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def _find_basis(self, num_episodes: int = 100) -> list:
         """-> mean (Z,), components (Z, z_dim), and how much pixels in [0, 1] vary in an episode."""
         truth, error, motion = [], [], []
         for i in range(min(len(self._clips), num_episodes)):
@@ -51,17 +55,19 @@ class DemoTranslator:
             truth.append(z.flatten(0, 1))
             error.append(z3[0].mean(0) - z[own])
             motion.append(np.var(frames / 255.0, axis=0).mean())
-        truth, error = torch.cat(truth), torch.cat(error)
+        # In float64: covariances, and what separates them, are small differences of large numbers.
+        truth, error = torch.cat(truth).double(), torch.cat(error).double()
         noise = error.T @ error / len(error)
-        noise += 1e-3 * noise.trace() / len(noise) * torch.eye(len(noise), device=self._device)
+        noise += 1e-3 * noise.trace() / len(noise) * torch.eye(len(noise)).to(noise)
         whiten = torch.linalg.inv(torch.linalg.cholesky(noise))
         _, directions = torch.linalg.eigh(whiten @ torch.cov(truth.T) @ whiten.T)
         components = whiten.T @ directions[:, -self.z_dim:]
         mean = truth.mean(0)
-        return mean, components / ((truth - mean) @ components).std(0), float(np.mean(motion))
+        components /= ((truth - mean) @ components).std(0)
+        return [mean.tolist(), components.tolist(), float(np.mean(motion))]
 
     def _normalised(self, z: torch.Tensor) -> np.ndarray:
-        return ((z - self._mean) @ self._components).cpu().numpy()
+        return ((z.double() - self._mean) @ self._components).float().cpu().numpy()
 
     @torch.no_grad()
     def _features(self, i: int) -> torch.Tensor:
@@ -200,7 +206,11 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
         raise UserError(f"{root} was filmed with MuJoCo {meta['versions']['mujoco']}, which draws "
                         f"otherwise than {utils.versions()['mujoco']}: remove it, and "
                         f'python generate_expert_video.py task={cfg.task_name}.')
-    translator = DemoTranslator(model, train_clips, cfg.z_dim)
+    basis = None
+    if utils.newest_snapshot(work_dir / 'snapshot.pt'):
+        basis = utils.load_snapshot(work_dir / 'snapshot.pt', 'imitator', cfg.task_name,
+                                    remedy='start a new run')['made_by']['basis']
+    translator = DemoTranslator(model, train_clips, cfg.z_dim, basis)
     train_env = make_env(cfg, train_clips, translator, evaluate=False)
     eval_env = make_env(cfg, valid_clips, DemoTranslator(model, valid_clips, cfg.z_dim,
                                                          translator.basis), evaluate=True)
@@ -209,7 +219,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                       action_dim=train_env.action_spec().shape[0])
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot),
                'expert_sha256': meta['expert_sha256'], 'num_demos': len(train_clips),
-               'w_img': cfg.w_img}
+               'w_img': cfg.w_img, 'basis': translator.basis}
     return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, ACAgent, agent_args, made_by)
 
 
