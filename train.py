@@ -19,7 +19,7 @@ from utils import UserError
 from video import VideoRecorder
 
 TRAIN, EVAL = 0, 1  # streams of episode seeds
-DEAD_AFTER = 0.25  # of the frames: by then a run that learns is seen to
+DEAD_AFTER = 0.25  # of the frames, when a run that has learnt nothing is worth a warning
 LONGEST_EPISODE = dmc.MAX_EPISODE_STEPS + 1  # rows in the ring
 
 
@@ -50,9 +50,17 @@ class Workspace:
         self.train_env, self.eval_env = train_env, eval_env
         self.agent_args = agent_args
         self.made_by = made_by | {key: cfg[key] for key in (
-            'seed', 'nstep', 'discount', 'batch_size', 'action_repeat')}
+            'seed', 'nstep', 'discount', 'batch_size', 'action_repeat', 'num_train_frames',
+            'replay_buffer_size', 'snapshot_every_frames')}
         self.snapshot_path = work_dir / 'snapshot.pt'
         self.global_step = self.global_episode = 0
+        state = None
+        if utils.newest_snapshot(self.snapshot_path):
+            # All that can be said against it is said before the replay buffer's files are touched.
+            state = utils.load_snapshot(self.snapshot_path, kind, cfg.task_name,
+                                        remedy='start a new run')
+            utils.check_same_run(work_dir, {**state['agent_args'], **state['made_by']},
+                                 {**agent_args, **self.made_by})
 
         device = utils.pick_device(cfg.device)
         utils.set_seed_everywhere(cfg.seed)
@@ -70,8 +78,8 @@ class Workspace:
             device)
         self.elapsed, self.last_eval_step = 0.0, None
         self.evaluations = []  # [frame, mean return, standard deviation]
-        if utils.newest_snapshot(self.snapshot_path):
-            self.load_snapshot()
+        if state:
+            self.load_state(state)
         self.first_step = self.global_step
         self.timer = utils.Timer(self.elapsed)
         self.logger = Logger(work_dir, total=cfg.num_train_frames, resume_step=self.global_frame,
@@ -175,16 +183,19 @@ class Workspace:
         self.warn_if_dead()
 
     def warn_if_dead(self):
-        """Once, at the first evaluation after `DEAD_AFTER` of the run."""
+        """At the first evaluation after `DEAD_AFTER` of the run, unless that is its end."""
         (_, untrained, spread), *later = self.evaluations
         late = [frame >= DEAD_AFTER * self.cfg.num_train_frames for frame, *_ in later]
-        best = max((mean for _, mean, _ in later), default=0.0)
-        if late and late[-1] and sum(late) == 1 and best <= untrained + spread:
+        if sum(late) != 1 or not late[-1] or self.global_step >= self.num_train_steps:
+            return
+        best = max(mean for _, mean, _ in later)
+        if best <= untrained + spread:
             self.logger.progress.say(
-                f'warning: {DEAD_AFTER:.0%} of the frames are through, and no evaluation (best '
-                f'{best:.4g}) was better than before training ({untrained:.4g} +- {spread:.4g}): '
-                f'this run may be dead. Try another seed, as seed={self.cfg.seed + 1}, longer '
-                'exploration (stddev_schedule), or a lower lr.')
+                f'warning: {later[-1][0] / self.cfg.num_train_frames:.0%} of the frames are '
+                f'through, and no evaluation (best {best:.4g}) is more than a standard deviation '
+                f'above the one before training ({untrained:.4g} +- {spread:.4g}): this run may be '
+                f'dead. Try another seed, as seed={self.cfg.seed + 1}, longer exploration '
+                '(stddev_schedule), or a lower lr.')
 
     def finish(self):
         """The last evaluation and snapshot; the replay buffer has served."""
@@ -203,11 +214,7 @@ class Workspace:
             'evaluations': self.evaluations, 'elapsed': self.timer.total(),
             'rng': utils.get_rng_states()})
 
-    def load_snapshot(self):
-        state = utils.load_snapshot(self.snapshot_path, self.kind, self.cfg.task_name,
-                                    remedy='start a new run')
-        utils.check_same_run(self.work_dir, {**state['agent_args'], **state['made_by']},
-                             {**self.agent_args, **self.made_by})
+    def load_state(self, state: dict):
         self.agent.load_state_dict(state['agent'])
         self.global_step, self.global_episode = state['global_step'], state['global_episode']
         if self.global_step < self.num_train_steps:

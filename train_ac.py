@@ -16,6 +16,7 @@ import utils
 import video
 from ac_agent import ACAgent
 from ct_model import ContextTranslator, to_uint8
+from generate_expert_video import load_expert
 from train import EVAL, Workspace, check_settings
 from utils import UserError
 
@@ -110,8 +111,17 @@ class DemoTranslator:
         return to_uint8(images.unflatten(0, self._z3.shape[1:3]).mean(0)).cpu().numpy()
 
 
+def require_same_action_repeat(cfg, source: str | Path, action_repeat: int):
+    """Raises: UserError where the agent would not act as often as the expert of `source`."""
+    if action_repeat != cfg.action_repeat:
+        raise UserError(f'the expert of {source} repeats its actions {action_repeat} times, '
+                        f'not {cfg.action_repeat}: set action_repeat={action_repeat}.')
+
+
 def film_demonstrations(cfg, im_size: int):
     """Let the expert film what is to be imitated; it goes on where it was interrupted."""
+    _, env_args = load_expert(cfg.expert, cfg.task_name)
+    require_same_action_repeat(cfg, cfg.expert, env_args['action_repeat'])
     command = [sys.executable, str(Path(__file__).parent / 'generate_expert_video.py'),
                f'task={cfg.task_name}', f'snapshot={cfg.expert}', f'out_dir={cfg.data_dir}',
                f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}',
@@ -168,10 +178,11 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                         'batch: set them to 0 or more, and no more than 1 together.')
     if (cfg.relabel or cfg.hindsight) and cfg.nstep != 1:
         raise UserError(f'nstep={cfg.nstep} goes with the targets that were there: set nstep=1, or '
-                        'relabel=0 hindsight=0.')
+                        'relabel=0 hindsight=0 w_inverse=0.')
     if cfg.w_inverse < 0 or (cfg.w_inverse and round(cfg.hindsight * cfg.batch_size) < 1):
-        raise UserError(f'w_inverse={cfg.w_inverse} must not be negative, and learns from what '
-                        f'hindsight={cfg.hindsight} gives: set hindsight=0.4, or w_inverse=0.')
+        raise UserError(f'w_inverse={cfg.w_inverse} must not be negative, and learns from the '
+                        f'share hindsight={cfg.hindsight} of batch_size={cfg.batch_size}, which is '
+                        'less than one: set w_inverse=0, or those higher.')
     if not cfg.lookahead or min(cfg.lookahead) < 1:
         raise UserError(f'lookahead={list(cfg.lookahead)} is no list of steps ahead: set '
                         'lookahead=[1,3,6,12].')
@@ -199,9 +210,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
         raise UserError(f'{root} shows each episode in one context only; one more is needed for '
                         f'the agent: python generate_expert_video.py task={cfg.task_name} '
                         'num_contexts=4 out_dir=<another folder>.')
-    if meta['action_repeat'] != cfg.action_repeat:
-        raise UserError(f"the expert of {root} repeats its actions {meta['action_repeat']} times, "
-                        f"not {cfg.action_repeat}: set action_repeat={meta['action_repeat']}.")
+    require_same_action_repeat(cfg, root, meta['action_repeat'])
     if meta['versions']['mujoco'] != utils.versions()['mujoco']:
         raise UserError(f"{root} was filmed with MuJoCo {meta['versions']['mujoco']}, which draws "
                         f"otherwise than {utils.versions()['mujoco']}: remove it, and "
@@ -209,7 +218,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     basis = None
     if utils.newest_snapshot(work_dir / 'snapshot.pt'):
         basis = utils.load_snapshot(work_dir / 'snapshot.pt', 'imitator', cfg.task_name,
-                                    remedy='start a new run')['made_by']['basis']
+                                    remedy='start a new run')['made_by'].get('basis')
     translator = DemoTranslator(model, train_clips, cfg.z_dim, basis)
     train_env = make_env(cfg, train_clips, translator, evaluate=False)
     eval_env = make_env(cfg, valid_clips, DemoTranslator(model, valid_clips, cfg.z_dim,

@@ -6,7 +6,7 @@ Ours and the plain one (plain.py) take turns in one process; the table gives med
 ratio. Times depend on the machine and on what else it does; ratios much less.
 """
 import argparse
-import copy
+import contextlib
 import json
 import multiprocessing
 import sys
@@ -236,13 +236,14 @@ def translating(device, folder) -> Iterator[Row]:
 
 
 def imitating(device, folder) -> Iterator[Row]:
-    """Steps of the imitator; the plain one films 32 demonstrations before each episode."""
+    """Steps of the imitator. As the project that this follows does it, the plain one films 32
+    demonstrations anew for each episode, and translates and decodes them all."""
     generate_expert_video.generate(studio_cfg(folder / 'demos', num_train=8, num_valid=1))
     cfg = config('train_ac', f'data_dir={folder}/demos', f'snapshot={ROOT}/ct/{TASK}.pt',
                  *short(device))
     workspace = train_ac.make_workspace(cfg, folder / 'imitation')
     loop = run(workspace, 200)
-    model, horizon = copy.deepcopy(workspace.train_env._translator.model).cpu(), 50
+    model, horizon = plain.on_cpu(workspace.train_env._translator.model), 50
     suite, agent = PlainPixels(model.im_size), plain.PlainAgent(workspace.agent)
     action = np.zeros(2, np.float32)
 
@@ -261,9 +262,11 @@ def imitating(device, folder) -> Iterator[Row]:
             suite.step(action)
             model.encode(torch.from_numpy(suite.frames[-1].transpose(1, 2, 0).copy())[None])
             with torch.enable_grad():
-                agent.update(*workspace.agent.draw(workspace.replay_buffer, cfg.batch_size))
+                batch = workspace.agent.draw(workspace.replay_buffer, cfg.batch_size)
+                agent.update(*(part.cpu() for part in batch))
 
-    yield Row('imitator: steps and updates', 'steps', 200, loop, episode, 3, plain_amount=horizon)
+    yield Row('imitator, beside filming 32 demonstrations an episode', 'steps', 200, loop,
+              episode, 3, plain_amount=horizon)
 
 
 PARTS = {'rendering': rendering, 'learning': learning, 'filming': filming,
@@ -322,8 +325,12 @@ def main():
         print('| part | ours | plain | ratio | of peak |\n|---|---|---|---|---|', flush=True)
     for part in args.parts or PARTS:
         with tempfile.TemporaryDirectory() as folder:
-            for row in PARTS[part](device, Path(folder)):
-                result = measure(row, device)
+            rows = PARTS[part](device, Path(folder))
+            while True:
+                with contextlib.redirect_stdout(sys.stderr):  # where runs show their progress
+                    if (row := next(rows, None)) is None:
+                        break
+                    result = measure(row, device)
                 if args.json:
                     print(json.dumps(result), flush=True)
                     continue

@@ -100,9 +100,6 @@ def main():
              'DrQ-v2, end', 'command', 'versions', 'sha256']
     paths = sorted((ROOT / 'experts').glob('*.pt'))
     lines = [line(path, num_episodes) for path in paths]
-    (ROOT / 'demo/expert').mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        video.save(ROOT / f'demo/expert/{path.stem}.gif', film(path), fps=15)
     text = ('# Trained experts\n\n'
             'Made by `python benchmarks/evaluate_experts.py`: return over '
             f'{num_episodes} episodes of 1000 frames, mean ± standard deviation, of the '
@@ -112,6 +109,8 @@ def main():
             f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n" + '\n'.join(lines) + '\n')
     with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
         tmp.write_text(text)
+    for path in paths:
+        video.save(ROOT / f'demo/expert/{path.stem}.gif', film(path), fps=15)
 
 
 if __name__ == '__main__':

@@ -30,12 +30,17 @@ def random_shift(obs: torch.Tensor, pad: int = 4) -> torch.Tensor:
     return F.grid_sample(x, grid + offset, padding_mode='zeros', align_corners=False)
 
 
+def on_cpu(module: nn.Module) -> nn.Module:
+    """A copy, wherever `module` is."""
+    return copy.deepcopy(module).cpu()
+
+
 class Encoder(nn.Module):
     """DrQ-v2's encoder as published, with the weights of ours."""
 
     def __init__(self, encoder):
         super().__init__()
-        layers = [layer for conv in encoder.convs for layer in (copy.deepcopy(conv), nn.ReLU())]
+        layers = [layer for conv in encoder.convs for layer in (on_cpu(conv), nn.ReLU())]
         self.convnet = nn.Sequential(*layers)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
@@ -49,9 +54,9 @@ class PlainAgent:
     def __init__(self, agent: DrQV2Agent, shift=random_shift, lr: float = 1e-4):
         self.shift, self.stddev = shift, 1.0
         pixels = getattr(agent.encoder, 'convs', None) is not None
-        self.encoder = Encoder(agent.encoder) if pixels else copy.deepcopy(agent.encoder)
-        self.actor, self.critic = copy.deepcopy(agent.actor), copy.deepcopy(agent.critic)
-        self.critic_target = copy.deepcopy(agent.critic_target)
+        self.encoder = Encoder(agent.encoder) if pixels else on_cpu(agent.encoder)
+        self.actor, self.critic = on_cpu(agent.actor), on_cpu(agent.critic)
+        self.critic_target = on_cpu(agent.critic_target)
         self.opts = [torch.optim.Adam(part.parameters(), lr, foreach=False) for part in
                      ([self.encoder] if pixels else []) + [self.critic]]
         self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr, foreach=False)

@@ -56,8 +56,9 @@ def test_it_learns_to_go_where_the_target_is():
 def test_it_learns_the_way_from_what_it_did_itself():
     """Nothing is rewarded; each step moves by the action."""
     torch.manual_seed(0)
-    agent = ACAgent((5,), 2, z_dim=2, num_frames=1, lookahead=[1], hindsight=0.5, w_inverse=1.0,
-                    lr=1e-3, feature_dim=None, hidden_dim=64, stddev_schedule='0.2')
+    agent = ACAgent((5,), 2, z_dim=2, num_frames=1, lookahead=[1], relabel=0.25, hindsight=0.5,
+                    w_inverse=10.0, w_feature=0.0, lr=1e-3, feature_dim=None, hidden_dim=64,
+                    stddev_schedule='0.2')
 
     class Replay:
         def sample(self, n, ahead):
@@ -128,6 +129,16 @@ def test_without_relabelling_batches_are_left_alone(batch):
     half = make_agent(0.5).draw(Stored(batch), n)
     assert all(torch.equal(part[n // 2:], was[n // 2:])
                for part, was in zip(half, batch, strict=True))
+
+
+def test_each_share_of_a_batch_is_its_own(batch):
+    n = len(batch[0])
+    later = {step: torch.full_like(batch[0], 100.0 + step) for step in (1, 2, 3)}
+    obs, _, reward, _, _ = make_agent(0.25, 0.5).draw(Stored(batch, later), n)
+    first, last = n // 4, n // 4 + n // 2
+    assert (obs[:first, 4:8] < 50).all() and not torch.equal(obs[:first], batch[0][:first])
+    assert (obs[first:last, 4:8] > 100).all() and (reward[first:last] == 0).all()
+    assert torch.equal(obs[last:], batch[0][last:]) and torch.equal(reward[last:], batch[2][last:])
 
 
 def test_in_hindsight_the_targets_are_what_came_of_it():

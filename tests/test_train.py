@@ -86,6 +86,15 @@ def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels,
         assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
 
 
+def test_a_resume_that_is_refused_takes_nothing_away(tmp_path):
+    with pytest.raises(Killed):
+        make(tmp_path, False, DyingEnv(False, 157)).train()
+    for changes in ({'replay_buffer_size': 500}, {'num_train_frames': 600}):
+        with pytest.raises(UserError, match=next(iter(changes))):
+            make(tmp_path, False, **changes)
+    make(tmp_path, False).train()
+
+
 def test_no_update_outlives_the_loop(tmp_path):
     """Else it would go on drawing random numbers, those of a run resumed in the same process."""
     workspace, running = make(tmp_path, False, DyingEnv(False, 60)), []

@@ -17,12 +17,13 @@ from train_ac import DemoTranslator
 from utils import UserError
 
 LENGTH, SIZE = 4, 16
+MODEL_ARGS = {'im_size': SIZE, 'channels': [4, 4, 4, 4], 'z_dim': 4, 'hidden': 8}
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return ContextTranslator(im_size=SIZE, channels=(4, 4, 4, 4), z_dim=4, hidden=8).eval()
+    return ContextTranslator(**MODEL_ARGS).eval()
 
 
 @pytest.fixture
@@ -108,7 +109,8 @@ def make(cfg, model, work_dir):
     work_dir.mkdir(exist_ok=True)
     envs = [make_env(cfg, model, split) for split in ('train', 'valid')]
     agent_args = dict(obs_shape=[4 * 5 + 1], action_dim=2, z_dim=4, num_frames=3, lookahead=[1, 2],
-                      hidden_dim=16, feature_dim=None, num_expl_steps=10, hindsight=0.5)
+                      hidden_dim=16, feature_dim=None, num_expl_steps=10, relabel=0.25,
+                      hindsight=0.5, w_inverse=1.0)
     return Workspace(cfg, work_dir, 'imitator', *envs, ACAgent, agent_args, {})
 
 
@@ -131,6 +133,21 @@ def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, model, 
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
     for name in ('train.csv', 'eval.csv'):
         assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
+
+
+def test_a_resumed_run_keeps_its_features(cfg, model, tmp_path, monkeypatch):
+    """Worked out again, they could point the other way."""
+    cfg.snapshot = str(tmp_path / 'ct.pt')
+    utils.save_snapshot(cfg.snapshot, 'translator', cfg.task_name, {
+        'model_args': MODEL_ARGS, 'model': model.state_dict(), 'made_by': {}})
+    first = train_ac.make_workspace(cfg, tmp_path)
+    first.save_snapshot()
+    monkeypatch.setattr(DemoTranslator, '_find_basis', None)
+    again = train_ac.make_workspace(cfg, tmp_path)
+    frame = np.full((SIZE, SIZE, 3), 77, np.uint8)
+    for env in ('train_env', 'eval_env'):
+        np.testing.assert_array_equal(*(getattr(run, env)._translator.encode(frame)
+                                        for run in (first, again)))
 
 
 def test_the_report_says_how_it_compares(cfg, model, tmp_path):
