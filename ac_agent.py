@@ -89,10 +89,9 @@ class ACAgent(DrQV2Agent):
             reward[n:m] = 0.0
         return obs, action, reward, discount, next_obs
 
-    def actor_loss(self, features, action, stddev):
-        loss = super().actor_loss(features, action, stddev)
+    def actor_loss(self, features, dist, action):
+        loss = super().actor_loss(features, dist, action)
         if self._w_inverse:
             n, m = self._ends(len(action))
-            own = self.actor(features[n:m], stddev).mean
-            loss = loss + self._w_inverse * F.mse_loss(own, action[n:m])
+            loss = loss + self._w_inverse * F.mse_loss(dist.mean[n:m], action[n:m])
         return loss

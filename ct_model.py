@@ -161,15 +161,19 @@ class ContextTranslator(nn.Module):
         nn.init.normal_(self.dec.deconvs[-1].weight, std=0.01)
         self.to(memory_format=torch.channels_last)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.translator[0].weight.dtype
+
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        """Enc1: uint8 (..., H, W, 3) -> z (..., z_dim)."""
-        z, _ = self.enc1(to_float(frames.reshape(-1, *frames.shape[-3:])))
+        """Enc1: uint8 (..., H, W, 3) -> z (..., z_dim), in the precision of the parameters."""
+        z, _ = self.enc1(to_float(frames.reshape(-1, *frames.shape[-3:])).to(self.dtype))
         return z.view(*frames.shape[:-3], self.z_dim)
 
     def context(self, first: torch.Tensor) -> Context:
         """Enc2: the first frames of N clips, uint8 (N, H, W, 3) -> their context."""
         first = to_float(first)
-        return Context(*self.enc2(first), first)
+        return Context(*self.enc2(first.to(self.dtype)), first)
 
     def translate(self, z1: torch.Tensor, context: Context) -> torch.Tensor:
         """T: z1 (N, T, z_dim) of any context -> z3 (N, T, z_dim) in `context`."""

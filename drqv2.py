@@ -250,7 +250,7 @@ class DrQV2Agent:
                 'critic_q2': q2.detach().mean(), 'critic_loss': loss.detach()}
 
     def update_actor(self, features, action, stddev):
-        loss = self.actor_loss(features, action, stddev)
+        loss = self.actor_loss(features, self.actor(features, stddev), action)
         parameters = list(self.actor.parameters())
         # Not loss.backward(): that would also work out gradients of the critic, to throw them away.
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -258,7 +258,6 @@ class DrQV2Agent:
         self.actor_opt.step()
         return {'actor_loss': loss.detach()}
 
-    def actor_loss(self, features, action, stddev):
+    def actor_loss(self, features, dist, action):
         """`action`, those that were taken, is not of use here, but to the imitator."""
-        dist = self.actor(features, stddev)
         return -torch.min(*self.critic(features, dist.sample(self.stddev_clip))).mean()

@@ -3,6 +3,7 @@
 `Workspace` is the project's only RL loop: act, step, store, update, log, evaluate, snapshot and
 resume. The imitator (train_ac.py) runs in it as well.
 """
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,13 +38,15 @@ class Workspace:
     """One run in one folder, which goes on from its last snapshot when started again there."""
 
     def __init__(self, cfg, work_dir: Path, kind: str, train_env, eval_env, agent_class,
-                 agent_args: dict, made_by: dict):
+                 agent_args: dict, made_by: dict, overlap: bool = False):
         """
         Args:
           kind: what its snapshots hold, 'expert' or 'imitator'.
           agent_args: constructor arguments of `agent_class` but for the device; kept in the
             snapshot, so that the agent can be made again from that alone.
           made_by: plain values to keep in the snapshot: where inputs came from.
+          overlap: update in a thread beside the environment's step, with a core each. For steps
+            that take about as long and need Python little, else the two are in each other's way.
         """
         check_settings(cfg)
         self.cfg, self.work_dir, self.kind = cfg, work_dir, kind
@@ -65,8 +68,9 @@ class Workspace:
         device = utils.pick_device(cfg.device)
         utils.set_seed_everywhere(cfg.seed)
         self.agent = agent_class(**agent_args, device=device)
-        if device.type == 'cpu' and len(train_env.observation_spec().shape) == 1:
-            torch.set_num_threads(1)  # small matrices: the other core is the environment's
+        self.overlap = overlap
+        if overlap:
+            torch.set_num_threads(1)
         self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
         # In rows. An episode has one more than steps: at worst, if it has one step, twice as many.
         slack = 2 * (cfg.snapshot_every_frames // cfg.action_repeat + LONGEST_EPISODE)
@@ -101,7 +105,7 @@ class Workspace:
         if train_until_step(self.global_step):
             time_step = self.start_episode()
 
-        with ThreadPoolExecutor(1) as beside:  # whatever ends the loop, no update outlives it
+        with self.second_thread() as beside:  # whatever ends the loop, no update outlives it
             while train_until_step(self.global_step):
                 time_step = self.step(time_step, beside,
                                       try_update=not seed_until_step(self.global_step))
@@ -119,19 +123,24 @@ class Workspace:
                     time_step = self.start_episode()
         self.finish()
 
-    def step(self, time_step, beside: ThreadPoolExecutor, try_update: bool):
+    def second_thread(self):
+        """A context: where updates run, or None for here."""
+        return ThreadPoolExecutor(1) if self.overlap else contextlib.nullcontext()
+
+    def step(self, time_step, beside: ThreadPoolExecutor | None, try_update: bool):
         """One step of the training environment from `time_step`, and the update that is due."""
         # sample an action
         with utils.eval_mode(self.agent.encoder, self.agent.actor):
             action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
-        # try to update the agent; the environment takes its step meanwhile
-        update = None
+        # try to update the agent; beside it or after it, the environment takes its step
+        metrics = {}
         if try_update and len(self.replay_buffer):
-            update = beside.submit(self.agent.update, self.replay_buffer, self.cfg.batch_size,
-                                   self.global_step)
+            args = self.replay_buffer, self.cfg.batch_size, self.global_step
+            metrics = (beside.submit(self.agent.update, *args) if beside
+                       else self.agent.update(*args))
         time_step = self.train_env.step(action)
-        if update:
-            self.logger.log_metrics(update.result(), self.global_frame)
+        self.logger.log_metrics(metrics.result() if beside and metrics else metrics,
+                                self.global_frame)
         # remember the step
         self.episode_reward += time_step.reward
         self.episode_step += 1

@@ -195,7 +195,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                                remedy=f'python train_ct.py task={cfg.task_name}')
     model = ContextTranslator(**made['model_args'])
     model.load_state_dict(made['model'])
-    model.to(device).eval()
+    model.to(device, utils.PRECISIONS[cfg.precision]).eval()
     if cfg.z_dim > model.z_dim:
         raise UserError(f'z_dim={cfg.z_dim} is more than the {model.z_dim} features of the '
                         f'translator: set z_dim={model.z_dim} or less.')
@@ -229,7 +229,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot),
                'expert_sha256': meta['expert_sha256'], 'num_demos': len(train_clips),
                'w_img': cfg.w_img, 'basis': translator.basis}
-    return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, ACAgent, agent_args, made_by)
+    return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, ACAgent, agent_args, made_by,
+                     overlap=device.type == 'cpu')
 
 
 @utils.main('train_ac')

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +101,7 @@ def run(workspace, num_steps: int) -> Callable:
 
     def go(num_steps=num_steps, try_update=True):
         nonlocal time_step
-        with ThreadPoolExecutor(1) as beside:
+        with workspace.second_thread() as beside:
             for _ in range(num_steps):
                 time_step = workspace.step(time_step, beside, try_update)
                 if time_step.last():

@@ -98,6 +98,7 @@ def test_a_resume_that_is_refused_takes_nothing_away(tmp_path):
 def test_no_update_outlives_the_loop(tmp_path):
     """Else it would go on drawing random numbers, those of a run resumed in the same process."""
     workspace, running = make(tmp_path, False, DyingEnv(False, 60)), []
+    workspace.overlap = True
 
     def slow_update(*_):
         running.append(True)
