@@ -66,6 +66,7 @@ class Workspace:
                                  {**agent_args, **self.made_by})
 
         device = utils.pick_device(cfg.device)
+        utils.prepare_cpu()
         utils.set_seed_everywhere(cfg.seed)
         self.agent = agent_class(**agent_args, device=device)
         self.overlap = overlap

@@ -215,6 +215,7 @@ def train(cfg, work_dir: Path):
     clips = video.Clips(root / 'train', cfg.task_name)
     sampler = PairSampler(clips, cfg.pairs, cfg.frames_per_clip, cfg.augment_mirror,
                           cfg.augment_colours, cfg.seed)
+    utils.prepare_cpu()
     utils.set_seed_everywhere(cfg.seed)
     model_args = {**OmegaConf.to_container(cfg.model), 'im_size': clips.meta['im_size']}
     model = ContextTranslator(**model_args).to(device)

@@ -320,6 +320,7 @@ def main():
         if part not in PARTS:
             parser.error(f"'{part}' is none of {', '.join(PARTS)}")
     device = utils.pick_device(args.device)
+    utils.prepare_cpu()
     utils.set_seed_everywhere(0)
     if not args.json:
         print('| part | ours | plain | ratio | of peak |\n|---|---|---|---|---|', flush=True)

@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import dmc  # noqa: F401  before anything that imports mujoco: it chooses the OpenGL backend
+import utils
 
 
 @pytest.fixture(scope='session')
@@ -11,3 +12,10 @@ def scenery():
     """The ranges that ship."""
     cfg = OmegaConf.load(Path(__file__).parent.parent / 'cfgs/base.yaml')
     return OmegaConf.to_container(cfg.scenery)
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    """Of the whole process, so what one test sets is not left to the next."""
+    yield
+    utils.set_precision('fp32')

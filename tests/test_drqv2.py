@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import utils
-from drqv2 import DrQV2Agent, Encoder, TruncatedNormal, random_shift
+from drqv2 import ConvStack, DrQV2Agent, Encoder, TruncatedNormal, random_shift
 from utils import UserError
 
 
@@ -77,8 +77,7 @@ PARTS = 'encoder', 'actor', 'critic', 'critic_target'
 
 
 @pytest.mark.parametrize('obs_shape', [(9, 24, 24), (6,)])
-def test_update_equals_the_plain_one(obs_shape, monkeypatch):
-    monkeypatch.setattr(Encoder, 'chunk', 12)  # the last one of a batch of 32 is smaller
+def test_update_equals_the_plain_one(obs_shape):
     agent, slow, losses = updated(obs_shape, 'fp32')
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-3, atol=1e-5)
     assert not any(p.requires_grad for p in agent.critic_target.parameters())  # no graph grows
@@ -88,8 +87,29 @@ def test_update_equals_the_plain_one(obs_shape, monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
 
 
+def test_the_bf16_encoder_has_the_features_and_gradients_of_the_fp32_one(monkeypatch):
+    monkeypatch.setattr(ConvStack, 'chunk', 5)
+    torch.manual_seed(0)
+    exact, fast = Encoder((9, 32, 32), 'fp32'), Encoder((9, 32, 32), 'bf16')
+    fast.load_state_dict(exact.state_dict())
+    for parameters in zip(exact.parameters(), fast.parameters(), strict=True):
+        for parameter in parameters:  # biases start at 0, which would hide them
+            parameter.data += 0.1 * (parameters[0] == 0)
+    obs = torch.randint(0, 256, (12, 9, 32, 32), dtype=torch.uint8)
+    weights = torch.randn(12, exact.repr_dim)
+    features = [encoder(obs) for encoder in (exact, fast)]
+    for out in features:
+        (out * weights).sum().backward()
+    def assert_near(one, other):
+        assert (one - other).norm() < 0.03 * one.norm()
+    assert_near(*features)
+    for one, other in zip(exact.parameters(), fast.parameters(), strict=True):
+        assert_near(one.grad, other.grad)
+
+
 @pytest.mark.parametrize('obs_shape', [(9, 24, 24), (6,)])
-def test_bf16_stays_close_to_the_plain_update(obs_shape):
+def test_bf16_stays_close_to_the_plain_update(obs_shape, monkeypatch):
+    monkeypatch.setattr(ConvStack, 'chunk', 12)  # the last one of a batch of 32 is smaller
     agent, slow, losses = updated(obs_shape, 'bf16')
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=0.03, atol=0.01)
     for name in PARTS:
