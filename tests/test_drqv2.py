@@ -92,19 +92,17 @@ def test_the_bf16_encoder_has_the_features_and_gradients_of_the_fp32_one(monkeyp
     torch.manual_seed(0)
     exact, fast = Encoder((9, 32, 32), 'fp32'), Encoder((9, 32, 32), 'bf16')
     fast.load_state_dict(exact.state_dict())
-    for parameters in zip(exact.parameters(), fast.parameters(), strict=True):
-        for parameter in parameters:  # biases start at 0, which would hide them
-            parameter.data += 0.1 * (parameters[0] == 0)
+    for conv in [*exact.convs, *fast.convs]:
+        conv.bias.data.fill_(0.1)  # they start at 0, which would hide them
     obs = torch.randint(0, 256, (12, 9, 32, 32), dtype=torch.uint8)
     weights = torch.randn(12, exact.repr_dim)
     features = [encoder(obs) for encoder in (exact, fast)]
     for out in features:
         (out * weights).sum().backward()
-    def assert_near(one, other):
-        assert (one - other).norm() < 0.03 * one.norm()
-    assert_near(*features)
+    assert (features[0] - features[1]).norm() < 0.01 * features[0].norm()
     for one, other in zip(exact.parameters(), fast.parameters(), strict=True):
-        assert_near(one.grad, other.grad)
+        # those near 0 pass another ReLU for their rounding
+        assert (one.grad - other.grad).norm() < 0.15 * one.grad.norm()
 
 
 @pytest.mark.parametrize('obs_shape', [(9, 24, 24), (6,)])
