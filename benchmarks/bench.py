@@ -2,8 +2,8 @@
 
     python benchmarks/bench.py [part ...] [--device auto|cpu|cuda] [--json]
 
-Ours and the plain one (plain.py) take turns in one process; the table gives medians and their
-ratio. Times depend on the machine and on what else it does; ratios much less.
+Ours and the plain one (plain.py) take turns, each in a process of its own; the table gives medians
+and their ratio. Times depend on the machine and on what else it does; ratios much less.
 """
 import argparse
 import contextlib
@@ -288,26 +288,51 @@ def timed(call: Callable, device) -> float:
     return time.perf_counter() - start
 
 
-def measure(row: Row, device) -> dict:
+def plain_side(pipe, part: str, device: torch.device):
+    """A process of its own for the plain ones: at PyTorch's and the C library's own settings, and
+    with an OpenGL context that nobody else makes current."""
+    utils.prepare_cpu = lambda: None
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        for row in PARTS[part](device, Path(folder)):
+            while pipe.recv() == 'run':
+                utils.set_precision('fp32')
+                torch.set_num_threads(NUM_THREADS)
+                pipe.send(timed(row.plain, device))
+
+
+def measure(row: Row, device, pipe) -> dict:
     """Both by turns, after a call of each that is not counted."""
-    settings = {'ours': ('bf16', torch.get_num_threads()), 'plain': ('fp32', NUM_THREADS)}
-    calls = {'ours': (row.ours, row.amount), 'plain': (row.plain, row.plain_amount or row.amount)}
-    speeds = {name: [] for name in calls}
-    for repeat in range(row.repeats + 1):
-        for name, (call, amount) in calls.items():
-            precision, num_threads = settings[name]
-            utils.set_precision(precision)
-            torch.set_num_threads(num_threads)
-            seconds = timed(call, device)
-            if repeat:
-                speeds[name].append(amount / seconds)
-    torch.set_num_threads(NUM_THREADS)
-    ours, slow = (float(np.median(values)) for values in speeds.values())
-    result = {'part': row.part, 'unit': f'{row.unit}/s', 'ours': ours, 'plain': slow,
-              'ratio': ours / slow}
+    ours, plain_ones = [], []
+    for _ in range(row.repeats + 1):
+        ours.append(timed(row.ours, device))
+        pipe.send('run')
+        plain_ones.append(pipe.recv())
+    pipe.send('next')
+    fast = row.amount / float(np.median(ours[1:]))
+    slow = (row.plain_amount or row.amount) / float(np.median(plain_ones[1:]))
+    result = {'part': row.part, 'unit': f'{row.unit}/s', 'ours': fast, 'plain': slow,
+              'ratio': fast / slow}
     if row.floor:
-        result['share_of_peak'] = ours / row.amount * row.floor
+        result['share_of_peak'] = fast / row.amount * row.floor
     return result
+
+
+def measured(part: str, device) -> Iterator[dict]:
+    spawn = multiprocessing.get_context('spawn')
+    pipe, other_end = spawn.Pipe()
+    process = spawn.Process(target=plain_side, args=(other_end, part, device))
+    process.start()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = PARTS[part](device, Path(folder))
+            while True:
+                with contextlib.redirect_stdout(sys.stderr):  # where runs show their progress
+                    if (row := next(rows, None)) is None:
+                        break
+                    result = measure(row, device, pipe)
+                yield result
+    finally:
+        process.terminate()
 
 
 def main():
@@ -321,23 +346,18 @@ def main():
             parser.error(f"'{part}' is none of {', '.join(PARTS)}")
     device = utils.pick_device(args.device)
     utils.prepare_cpu()
+    utils.set_precision('bf16')
     utils.set_seed_everywhere(0)
     if not args.json:
         print('| part | ours | plain | ratio | of peak |\n|---|---|---|---|---|', flush=True)
     for part in args.parts or PARTS:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = PARTS[part](device, Path(folder))
-            while True:
-                with contextlib.redirect_stdout(sys.stderr):  # where runs show their progress
-                    if (row := next(rows, None)) is None:
-                        break
-                    result = measure(row, device)
-                if args.json:
-                    print(json.dumps(result), flush=True)
-                    continue
-                share = f"{result['share_of_peak']:.0%}" if row.floor else ''
-                print(f"| {row.part} | {result['ours']:.4g} {result['unit']} | "
-                      f"{result['plain']:.4g} | {result['ratio']:.1f} | {share} |", flush=True)
+        for result in measured(part, device):
+            if args.json:
+                print(json.dumps(result), flush=True)
+                continue
+            share = f"{result['share_of_peak']:.0%}" if 'share_of_peak' in result else ''
+            print(f"| {result['part']} | {result['ours']:.4g} {result['unit']} | "
+                  f"{result['plain']:.4g} | {result['ratio']:.1f} | {share} |", flush=True)
 
 
 if __name__ == '__main__':
