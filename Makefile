@@ -12,7 +12,7 @@ BUDGET ?= full
 EXPERT_full      = num_train_frames=300_000
 VIDEOS_full      = num_train=500 num_valid=50
 TRANSLATOR_full  = num_train_steps=1500
-IMITATOR_full    = num_train_frames=60_000
+IMITATOR_full    = num_train_frames=80_000
 EXPERT_smoke     = num_train_frames=6_000
 VIDEOS_smoke     = num_train=8 num_valid=4
 TRANSLATOR_smoke = num_train_steps=20
