@@ -56,7 +56,7 @@ class DemoTranslator:
             truth.append(z.flatten(0, 1))
             error.append(z3[0].mean(0) - z[own])
             motion.append(np.var(frames / 255.0, axis=0).mean())
-        # In float64: covariances, and what separates them, are small differences of large numbers.
+        # In float64, which `precision` does not touch.
         truth, error = torch.cat(truth).double(), torch.cat(error).double()
         noise = error.T @ error / len(error)
         noise += 1e-3 * noise.trace() / len(noise) * torch.eye(len(noise)).to(noise)
