@@ -57,42 +57,46 @@ class ConvStack(torch.autograd.Function):
     chunk = 64  # images
 
     @staticmethod
-    def forward(ctx, obs, strides, *weights_and_biases):
+    def forward(ctx, obs, strides, for_backward, *weights_and_biases):
         """uint8 (B, C, H, W) less 128 goes in -> bf16 (B, repr_dim), flattened as it lies."""
         layout = dict(dtype=torch.bfloat16, memory_format=torch.channels_last)
         weights = [weight.to(**layout) for weight in weights_and_biases[:len(strides)]]
         biases = [bias.bfloat16() for bias in weights_and_biases[len(strides):]]
         features, saved = [], []
         for x in obs.split(ConvStack.chunk):
-            x = (x ^ 128).view(torch.int8).to(**layout)
-            saved.append(x)
+            # In two steps, which together are faster than one that changes type and order at once.
+            x = (x ^ 128).view(torch.int8).bfloat16().contiguous(memory_format=torch.channels_last)
             for weight, bias, stride in zip(weights, biases, strides, strict=True):
+                if for_backward:
+                    saved.append(x)
                 x = torch.ops.mkldnn._convolution_pointwise(
                     x, weight, bias, [0, 0], [stride] * 2, [1, 1], 1, 'relu', [], None)
-                saved.append(x)
-            features.append(x.permute(0, 2, 3, 1).flatten(1))
-            if not any(ctx.needs_input_grad):
-                saved.clear()
-        ctx.save_for_backward(*weights, *saved)
-        ctx.strides = strides
-        return torch.cat(features)
+            x = x.permute(0, 2, 3, 1)
+            features.append(x.flatten(1))
+        features = torch.cat(features)
+        ctx.save_for_backward(features, *weights, *saved)
+        ctx.strides, ctx.shape = strides, x.shape[1:]
+        return features
 
     @staticmethod
     def backward(ctx, grad):
         depth = len(ctx.strides)
-        weights, saved = ctx.saved_tensors[:depth], ctx.saved_tensors[depth:]
+        features, *saved = ctx.saved_tensors
+        weights, saved = saved[:depth], saved[depth:]
         sums = [0.0] * (2 * depth)  # of weights and biases, in fp32
-        chunks = [saved[i:i + depth + 1] for i in range(0, len(saved), depth + 1)]
-        for xs, x_grad in zip(chunks, grad.split(ConvStack.chunk), strict=True):
-            x_grad = x_grad.view(xs[-1].permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        inputs = [saved[i:i + depth] for i in range(0, len(saved), depth)]
+        outputs, grads = (x.split(ConvStack.chunk) for x in (features, grad))
+        for xs, *ends in zip(inputs, outputs, grads, strict=True):
+            x, x_grad = (end.unflatten(1, ctx.shape).permute(0, 3, 1, 2) for end in ends)
             for i in reversed(range(depth)):
-                x_grad = torch.ops.aten.threshold_backward(x_grad, xs[i + 1], 0)
+                x_grad = torch.ops.aten.threshold_backward(x_grad, x, 0)
+                x = xs[i]
                 x_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
-                    x_grad, xs[i], weights[i], [len(weights[i])], [ctx.strides[i]] * 2, [0, 0],
+                    x_grad, x, weights[i], [len(weights[i])], [ctx.strides[i]] * 2, [0, 0],
                     [1, 1], False, [0, 0], 1, [i > 0, True, True])
                 sums[i] = sums[i] + weight_grad.float()
                 sums[depth + i] = sums[depth + i] + bias_grad.float()
-        return None, None, *sums
+        return None, None, None, *sums
 
 
 class Encoder(nn.Module):
@@ -131,7 +135,7 @@ class Encoder(nn.Module):
         biases[0] = biases[0] + 0.5 * weights[0].sum((1, 2, 3))
         strides = [conv.stride[0] for conv in self.convs]
         if self._dtype == torch.bfloat16 and obs.device.type == 'cpu':
-            return ConvStack.apply(obs, strides, *weights, *biases)
+            return ConvStack.apply(obs, strides, torch.is_grad_enabled(), *weights, *biases)
         layout = dict(dtype=self._dtype, memory_format=torch.channels_last)
         x = obs.to(**layout).sub_(128)
         for weight, bias, stride in zip(weights, biases, strides, strict=True):
