@@ -48,8 +48,8 @@ except (RuntimeError, AttributeError, ImportError) as error:
 
 SHADOW_SIZE = 512  # the suite's 2048 costs three times the frame for a difference of 0.016/255
 MAX_EPISODE_STEPS = 1000  # the suite's lqr tasks would go on for ever
-# Of curved shapes, around and along. The suite's (28, 16) cost half as much again for a difference of
-# 0.01 to 0.05/255; where scenery is to be varied anyway, half of them are enough.
+# Of curved shapes, around and along. The suite's (28, 16) cost half as much again for a difference
+# of 0.01 to 0.05/255; where scenery is to be varied anyway, half of them are enough.
 FACETS, CONTEXT_FACETS = (28, 8), (14, 7)
 
 

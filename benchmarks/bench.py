@@ -50,7 +50,7 @@ class Row(NamedTuple):
     ours: Callable
     plain: Callable
     repeats: int = 5
-    flops: float | None = None  # of one call, where that is known
+    flops: float | None = None  # of one unit, where that is known
     plain_amount: float | None = None  # what one call of the plain one gets done, if not the same
 
 
@@ -78,14 +78,16 @@ class PlainPixels:
 
 
 def difference(task: str, num_poses: int = 5) -> float:
-    """Mean over pixels and poses. dm_control's renderer loses its OpenGL context to ours, and with
-    it the shadows: hence another one for each of its pictures."""
-    ours, differences = dmc.load_suite(task), []
-    for seed in range(num_poses):
-        suite = dmc.load_suite(task)
-        for env in (ours, suite):
-            env.reset(episode_seed=seed)
-        picture = plain.render(suite.physics, 84, 0).astype(float)
+    """Mean over pixels and poses. Once our renderer was at work, dm_control's loses its OpenGL
+    context, and the shadows with it: its pictures come first, from contexts that nobody frees."""
+    suites = [dmc.load_suite(task) for _ in range(num_poses)]
+    theirs = []
+    for seed, suite in enumerate(suites):
+        suite.reset(episode_seed=seed)
+        theirs.append(plain.render(suite.physics, 84, 0).astype(float))
+    differences, ours = [], dmc.load_suite(task)
+    for seed, picture in enumerate(theirs):
+        ours.reset(episode_seed=seed)
         differences.append(np.abs(ours.render(84) - picture).mean())
     return float(np.mean(differences))
 
@@ -160,7 +162,7 @@ class Fixed:
 
 def learning(device, folder) -> Iterator[Row]:
     fast = train.make_workspace(config('train', *short(device)), folder / 'pixels')
-    loop = run(fast, 10)
+    loop = run(fast, 40)
     slow, slow_replay = plain.PlainAgent(fast.agent), plain.Replay()
     slow_loop = plain_run(PlainPixels(), slow, slow_replay, 4)
     yield Row('replay sample, pixels, 256', 'batches', 1, lambda: fast.replay_buffer.sample(256),
@@ -169,10 +171,10 @@ def learning(device, folder) -> Iterator[Row]:
     cpu_batch = [part.cpu() for part in batch]
     yield Row('augmentation, 256', 'batches', 1, lambda: random_shift(batch[0]),
               lambda: plain.random_shift(cpu_batch[0]))
-    yield Row('DrQ-v2 update, batch 256', 'updates', 1,
-              lambda: fast.agent.update(Fixed(batch), 256, 0),
-              lambda: slow.update(*cpu_batch), 5, 104e9)
-    yield Row('training loop, pixels', 'frames', 20, loop, slow_loop, 5, plain_amount=8)
+    yield Row('DrQ-v2 update, batch 256', 'updates', 5,
+              lambda: [fast.agent.update(Fixed(batch), 256, 0) for _ in range(5)],
+              lambda: slow.update(*cpu_batch), 5, 104e9, plain_amount=1)
+    yield Row('training loop, pixels', 'frames', 80, loop, slow_loop, 5, plain_amount=8)
     fast_states = train.make_workspace(config('train', 'obs=states', *short(device)),
                                        folder / 'states')
     slow_states = plain_run(dmc.make(TASK, obs='states'), plain.PlainAgent(fast_states.agent),
@@ -323,7 +325,7 @@ def measure(row: Row, device, pipe, peak: float) -> dict:
     result = {'part': row.part, 'unit': f'{row.unit}/s', 'ours': fast, 'plain': slow,
               'ratio': fast / slow}
     if row.flops:
-        result['share_of_peak'] = fast / row.amount * row.flops / peak
+        result['share_of_peak'] = fast * row.flops / peak
     return result
 
 

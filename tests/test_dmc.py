@@ -103,7 +103,7 @@ def test_camera_shows_what_the_suite_shows(task):
         env.step(env.action_spec().generate_value())
     ours = env.render(84).astype(int)
     theirs = env.physics.render(84, 84, camera_id=0).astype(int)
-    assert abs(ours - theirs).mean() < 0.1  # of 255: shadows are coarser
+    assert abs(ours - theirs).mean() < 0.1  # of 255: shadows and spheres are coarser
     assert np.array_equal(ours, env.render(84))  # also when another renderer was at work between
 
 
