@@ -49,8 +49,10 @@ except (RuntimeError, AttributeError, ImportError) as error:
 SHADOW_SIZE = 512  # the suite's 2048 costs three times the frame for a difference of 0.016/255
 MAX_EPISODE_STEPS = 1000  # the suite's lqr tasks would go on for ever
 # Of curved shapes, around and along. The suite's (28, 16) cost half as much again for a difference
-# of 0.01 to 0.05/255; where scenery is to be varied anyway, half of them are enough.
+# of 0.01 to 0.05/255. Where scenery varies, edges may be coarser still.
 FACETS, CONTEXT_FACETS = (28, 8), (14, 7)
+# What pictures depend on beside MuJoCo's version: written into all that is learned from them.
+QUALITY, CONTEXT_QUALITY = [SHADOW_SIZE, *FACETS], [SHADOW_SIZE, *CONTEXT_FACETS]
 
 
 def task_names() -> list[str]:
@@ -71,8 +73,8 @@ class Camera:
     """Films a physics into `im_size` x `im_size` RGB; one OpenGL context for the whole process.
 
     The buffer has the image's size and everything is kept between frames; otherwise the picture
-    is the suite's but for SHADOW_SIZE and `facets`. With a painter it can be in a
-    context, which is painted on for the moment of the render only: the physics never notices.
+    is the suite's but for SHADOW_SIZE and `facets`. With a painter it can be in a context, which is
+    painted on for the moment of the render only: the physics never notices.
 
     Raises: UserError where no OpenGL works.
     """

@@ -58,7 +58,10 @@ class ConvStack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, obs, strides, for_backward, *weights_and_biases):
-        """uint8 (B, C, H, W) less 128 goes in -> bf16 (B, repr_dim), flattened as it lies."""
+        """uint8 (B, C, H, W) less 128 goes in -> bf16 (B, repr_dim), flattened as it lies.
+
+        Without `for_backward` what each layer gave is forgotten as soon as the next has it.
+        """
         layout = dict(dtype=torch.bfloat16, memory_format=torch.channels_last)
         weights = [weight.to(**layout) for weight in weights_and_biases[:len(strides)]]
         biases = [bias.bfloat16() for bias in weights_and_biases[len(strides):]]
@@ -134,7 +137,9 @@ class Encoder(nn.Module):
         weights[0] = weights[0] / 255
         biases[0] = biases[0] + 0.5 * weights[0].sum((1, 2, 3))
         strides = [conv.stride[0] for conv in self.convs]
-        if self._dtype == torch.bfloat16 and obs.device.type == 'cpu':
+        if (self._dtype == torch.bfloat16 and obs.device.type == 'cpu'
+                and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            # Asked here: within a Function gradients are never enabled, wanted or not.
             return ConvStack.apply(obs, strides, torch.is_grad_enabled(), *weights, *biases)
         layout = dict(dtype=self._dtype, memory_format=torch.channels_last)
         x = obs.to(**layout).sub_(128)

@@ -39,13 +39,17 @@ NUM_PREVIEWS = 3  # episodes of each split
 def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
     """-> an agent that acts on the CPU, and the `dmc.make` arguments of its environment.
 
-    Raises: UserError for a file that is missing, damaged, or no expert of the task.
+    Raises: UserError for a file that is missing or damaged, of another task or other pictures.
     """
     expert = utils.load_snapshot(path, 'expert', task_name,
                                  remedy=f'python train.py task={task_name}')
+    made_by = expert['made_by']
+    if made_by['env_args']['obs'] == 'pixels' and made_by.get('quality') != dmc.QUALITY:
+        raise UserError(f"{path} learned from pictures of quality {made_by.get('quality')}, not "
+                        f'{dmc.QUALITY}: python train.py task={task_name}.')
     agent = DrQV2Agent(**expert['agent_args'], device='cpu')
     agent.load_state_dict(expert['agent'])
-    return agent, expert['made_by']['env_args']
+    return agent, made_by['env_args']
 
 
 def draw_episode(seed: int, split: str, i: int, num_contexts: int, scenery: dict
@@ -130,7 +134,7 @@ def describe(cfg, split: str, env_args: dict) -> dict:
             'contexts': SPLITS[split], 'im_size': cfg.im_size, 'episode_len': cfg.episode_len,
             'num_contexts': cfg.num_contexts, 'action_repeat': env_args['action_repeat'],
             'seed': cfg.seed, 'scenery': OmegaConf.to_container(cfg.scenery, resolve=True),
-            'quality': [dmc.SHADOW_SIZE, *dmc.CONTEXT_FACETS],
+            'quality': dmc.CONTEXT_QUALITY,
             'expert_sha256': utils.sha256(cfg.snapshot),
             'versions': utils.versions()}
 
@@ -213,15 +217,20 @@ def fill(cfg, roots: dict, metas: dict, nums: dict, there: dict):
         film_all(cfg, jobs, total=sum(nums.values()))
 
 
+def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
+    """Processes that take `make_episode`."""
+    # They keep the cores busy: threads of software OpenGL would only be in their way.
+    os.environ.setdefault('LP_NUM_THREADS', '0')
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context('spawn'), start_worker,
+                               (cfg,))
+
+
 def film_all(cfg, jobs: list[tuple[str, int]], total: int):
     """Share the jobs, (split, i) each, out to processes. Those begun are finished on Ctrl-C."""
     num_workers = cfg.num_workers or min(len(os.sched_getaffinity(0)), 8)
-    # The workers keep the cores busy: threads of software OpenGL would only be in their way.
-    os.environ.setdefault('LP_NUM_THREADS', '0')
     done = total - len(jobs)
     progress = Progress(total, 'clip', done)
-    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), multiprocessing.get_context('spawn'),
-                               start_worker, (cfg,))
+    pool = open_pool(cfg, min(num_workers, len(jobs)))
     try:
         for _ in pool.map(make_episode, *zip(*jobs, strict=True)):
             done += 1

@@ -166,21 +166,28 @@ class Workspace:
             **self.train_env.episode_info}, self.global_frame, 'train')
         self.logger.dump(self.global_frame, 'train')
 
+    def play(self, episode: int):
+        """Yields the time steps of an evaluation episode: the same start at every evaluation."""
+        time_step = self.eval_env.reset(
+            episode_seed=utils.derive_seed(self.cfg.seed, EVAL, episode))
+        yield time_step
+        while not time_step.last():
+            with utils.eval_mode(self.agent.encoder, self.agent.actor):
+                action = self.agent.act(time_step.observation, self.global_step, eval_mode=True)
+            time_step = self.eval_env.step(action)
+            yield time_step
+
     def eval(self):
-        """Into `last_eval`, means over episodes whose seeds are the same at every evaluation."""
+        """Into `last_eval`, means over episodes 0 to num_eval_episodes - 1."""
         returns = []
         for episode in range(self.cfg.num_eval_episodes):
-            time_step = self.eval_env.reset(
-                episode_seed=utils.derive_seed(self.cfg.seed, EVAL, episode))
-            self.video.init(self.eval_env, enabled=episode == 0)
             episode_reward = 0.0
-            while not time_step.last():
-                with utils.eval_mode(self.agent.encoder, self.agent.actor):
-                    action = self.agent.act(time_step.observation, self.global_step,
-                                            eval_mode=True)
-                time_step = self.eval_env.step(action)
-                self.video.record(self.eval_env)
-                episode_reward += time_step.reward
+            for time_step in self.play(episode):
+                if time_step.first():
+                    self.video.init(self.eval_env, enabled=episode == 0)
+                else:
+                    self.video.record(self.eval_env)
+                    episode_reward += time_step.reward
             returns.append(episode_reward)
             self.video.save(f'{self.global_frame}.mp4')
             self.logger.log_metrics({'episode_reward': episode_reward,
@@ -248,7 +255,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                       obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0])
     return Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent, agent_args,
-                     {'env_args': env_args(cfg)})
+                     {'env_args': env_args(cfg), 'quality': dmc.QUALITY})
 
 
 @utils.main('train')

@@ -17,7 +17,7 @@ import video
 from ac_agent import ACAgent
 from ct_model import ContextTranslator, to_uint8
 from generate_expert_video import load_expert
-from train import EVAL, Workspace, check_settings
+from train import Workspace, check_settings
 from utils import UserError
 
 
@@ -132,14 +132,9 @@ def film_demonstrations(cfg, im_size: int):
 
 def report(workspace: Workspace, num_videos: int = 5) -> str:
     """Write report.md and demo.mp4 into the run's folder: what came of it, to read and to see."""
-    result, env, clips = workspace.last_eval, workspace.eval_env, []
-    for episode in range(num_videos):
-        time_step = env.reset(episode_seed=utils.derive_seed(workspace.cfg.seed, EVAL, episode))
-        clips.append([env.panels(64)])
-        while not time_step.last():
-            action = workspace.agent.act(time_step.observation, workspace.global_step, True)
-            time_step = env.step(action)
-            clips[-1].append(env.panels(64))
+    result = workspace.last_eval
+    clips = [[workspace.eval_env.panels(64) for _ in workspace.play(episode)]
+             for episode in range(num_videos)]
     frames = [panels for clip in clips for panels in [*clip, *[clip[-1]] * 10]]
     path = workspace.work_dir / 'demo.mp4'
     video.save(path, video.panels_side_by_side(frames))
@@ -211,10 +206,13 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                         f'the agent: python generate_expert_video.py task={cfg.task_name} '
                         'num_contexts=4 out_dir=<another folder>.')
     require_same_action_repeat(cfg, root, meta['action_repeat'])
-    if meta['versions']['mujoco'] != utils.versions()['mujoco']:
-        raise UserError(f"{root} was filmed with MuJoCo {meta['versions']['mujoco']}, which draws "
-                        f"otherwise than {utils.versions()['mujoco']}: remove it, and "
-                        f'python generate_expert_video.py task={cfg.task_name}.')
+    for what, there, here in (
+            ('MuJoCo', meta['versions']['mujoco'], utils.versions()['mujoco']),
+            ('quality', meta['quality'], dmc.CONTEXT_QUALITY)):
+        if there != here:
+            raise UserError(f'{root} was filmed with {what} {there}, which draws otherwise than '
+                            f'{here}: remove it, and python generate_expert_video.py '
+                            f'task={cfg.task_name}.')
     basis = None
     if utils.newest_snapshot(work_dir / 'snapshot.pt'):
         basis = utils.load_snapshot(work_dir / 'snapshot.pt', 'imitator', cfg.task_name,

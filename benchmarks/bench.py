@@ -2,8 +2,8 @@
 
     python benchmarks/bench.py [part ...] [--device auto|cpu|cuda] [--json]
 
-Ours and the plain one (plain.py) take turns, each in a process of its own; the table gives medians
-and their ratio. Times depend on the machine and on what else it does; ratios much less.
+Ours and the plain one (plain.py) take turns, each in a process of its own, and the plain one at the
+C library's own settings (see utils.prepare_cpu). The table gives medians and their ratio.
 """
 import argparse
 import contextlib
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +51,7 @@ class Row(NamedTuple):
     repeats: int = 5
     flops: float | None = None  # of one unit, where that is known
     plain_amount: float | None = None  # what one call of the plain one gets done, if not the same
+    difference: Callable | None = None  # of what the two compute, in units of 1/255
 
 
 def config(name: str, *overrides: str):
@@ -79,7 +79,7 @@ class PlainPixels:
 
 def difference(task: str, num_poses: int = 5) -> float:
     """Mean over pixels and poses. Once our renderer was at work, dm_control's loses its OpenGL
-    context, and the shadows with it: its pictures come first, from contexts that nobody frees."""
+    context, and the shadows with it: its pictures come first, each from a context of its own."""
     suites = [dmc.load_suite(task) for _ in range(num_poses)]
     theirs = []
     for seed, suite in enumerate(suites):
@@ -97,9 +97,10 @@ def rendering(device, folder) -> Iterator[Row]:
         ours, suite = dmc.load_suite(task), dmc.load_suite(task)
         for env in (ours, suite):
             env.reset(episode_seed=1)
-        yield Row(f'frame 84x84, {task} (differs by {difference(task):.3f}/255)', 'frames', 20,
+        yield Row(f'frame 84x84, {task}', 'frames', 20,
                   lambda ours=ours: [ours.render(84) for _ in range(20)],
-                  lambda suite=suite: [plain.render(suite.physics, 84, 0) for _ in range(20)])
+                  lambda suite=suite: [plain.render(suite.physics, 84, 0) for _ in range(20)],
+                  difference=lambda task=task: difference(task))
     envs = dmc.make(TASK), PlainPixels()
     for env in envs:
         env.reset()
@@ -171,9 +172,10 @@ def learning(device, folder) -> Iterator[Row]:
     cpu_batch = [part.cpu() for part in batch]
     yield Row('augmentation, 256', 'batches', 1, lambda: random_shift(batch[0]),
               lambda: plain.random_shift(cpu_batch[0]))
+    flops = 84e9 + 8e9 + 9e9  # of encoder, bottlenecks and hidden layers, backward passes too
     yield Row('DrQ-v2 update, batch 256', 'updates', 5,
               lambda: [fast.agent.update(Fixed(batch), 256, 0) for _ in range(5)],
-              lambda: slow.update(*cpu_batch), 5, 104e9, plain_amount=1)
+              lambda: slow.update(*cpu_batch), 5, flops, plain_amount=1)
     yield Row('training loop, pixels', 'frames', 80, loop, slow_loop, 5, plain_amount=8)
     fast_states = train.make_workspace(config('train', 'obs=states', *short(device)),
                                        folder / 'states')
@@ -186,10 +188,6 @@ def learning(device, folder) -> Iterator[Row]:
 def studio_cfg(folder, **changes):
     cfg = config('generate_expert_video', f'out_dir={folder}', 'num_workers=1')
     return OmegaConf.merge(cfg, {'snapshot': str(ROOT / cfg.snapshot), **changes})
-
-
-def film(i: int):
-    generate_expert_video.make_episode('train', i + 10)
 
 
 def filming(device, folder) -> Iterator[Row]:
@@ -206,20 +204,12 @@ def filming(device, folder) -> Iterator[Row]:
                 for _ in range(2):
                     suite.step(np.zeros(2))
 
-    yield Row('clips of 4 contexts, one process', 'clips', 4, lambda: film_here(studio),
+    yield Row('clips of 4 contexts, one process', 'clips', 4, lambda: studio.make('train', 10),
               slow_film, 3)
-    pools = [ProcessPoolExecutor(n, multiprocessing.get_context('spawn'),
-                                 generate_expert_video.start_worker, (cfg,)) for n in (2, 1)]
-    for pool in pools:
-        list(pool.map(film, range(4)))  # each worker starts up
-
-    yield Row('clips of 4 contexts, two processes beside one', 'clips', 32,
-              lambda: list(pools[0].map(film, range(8))),
-              lambda: list(pools[1].map(film, range(8))), 3)
-
-
-def film_here(studio):
-    studio.make('train', 10)
+    pools = [generate_expert_video.open_pool(cfg, num_workers) for num_workers in (2, 1)]
+    film_eight = [lambda pool=pool: list(pool.map(generate_expert_video.make_episode, ['train'] * 8,
+                                                  range(10, 18))) for pool in pools]
+    yield Row('clips of 4 contexts, two processes beside one', 'clips', 32, *film_eight, 3)
 
 
 def translating(device, folder) -> Iterator[Row]:
@@ -301,8 +291,8 @@ def timed(call: Callable, device) -> float:
 
 
 def plain_side(pipe, part: str, device: torch.device):
-    """A process of its own for the plain ones: at PyTorch's and the C library's own settings, and
-    with an OpenGL context that nobody else makes current."""
+    """A process of its own for the plain ones, at PyTorch's and the C library's own settings. Ours
+    renders in it only before the plain one first does, see `difference`."""
     utils.prepare_cpu = lambda: None
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         for row in PARTS[part](device, Path(folder)):
@@ -314,6 +304,7 @@ def plain_side(pipe, part: str, device: torch.device):
 
 def measure(row: Row, device, pipe, peak: float) -> dict:
     """Both by turns, after a call of each that is not counted."""
+    difference = row.difference() if row.difference else None
     ours, plain_ones = [], []
     for _ in range(row.repeats + 1):
         ours.append(timed(row.ours, device))
@@ -324,6 +315,8 @@ def measure(row: Row, device, pipe, peak: float) -> dict:
     slow = (row.plain_amount or row.amount) / float(np.median(plain_ones[1:]))
     result = {'part': row.part, 'unit': f'{row.unit}/s', 'ours': fast, 'plain': slow,
               'ratio': fast / slow}
+    if difference is not None:
+        result['difference'] = difference
     if row.flops:
         result['share_of_peak'] = fast * row.flops / peak
     return result
@@ -334,6 +327,8 @@ def measured(part: str, device, peak: float) -> Iterator[dict]:
     pipe, other_end = spawn.Pipe()
     process = spawn.Process(target=plain_side, args=(other_end, part, device))
     process.start()
+    other_end.close()  # else nobody would notice if the process died
+    torch.set_num_threads(NUM_THREADS)
     try:
         with tempfile.TemporaryDirectory() as folder:
             rows = PARTS[part](device, Path(folder))
@@ -343,6 +338,7 @@ def measured(part: str, device, peak: float) -> Iterator[dict]:
                         break
                     result = measure(row, device, pipe, peak)
                 yield result
+        process.join()
     finally:
         process.terminate()
 
@@ -362,15 +358,16 @@ def main():
     utils.set_seed_everywhere(0)
     peak = peak_flops(device)
     if not args.json:
-        print('| part | ours | plain | ratio | of peak |\n|---|---|---|---|---|', flush=True)
+        print('| part | ours | plain | ratio | |\n|---|---|---|---|---|', flush=True)
     for part in args.parts or PARTS:
         for result in measured(part, device, peak):
             if args.json:
                 print(json.dumps(result), flush=True)
                 continue
-            share = f"{result['share_of_peak']:.0%}" if 'share_of_peak' in result else ''
+            note = (f"{result['share_of_peak']:.0%} of peak" if 'share_of_peak' in result else
+                    f"differs by {result['difference']:.3f}/255" if 'difference' in result else '')
             print(f"| {result['part']} | {result['ours']:.4g} {result['unit']} | "
-                  f"{result['plain']:.4g} | {result['ratio']:.1f} | {share} |", flush=True)
+                  f"{result['plain']:.4g} | {result['ratio']:.1f} | {note} |", flush=True)
 
 
 if __name__ == '__main__':

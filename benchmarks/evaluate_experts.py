@@ -4,7 +4,6 @@ Plays each experts/<task>.pt and a random policy, and writes experts/README.md a
 demo/expert/<task>.gif.
 """
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -62,15 +61,20 @@ def film(path: Path, num_steps: int = 100, im_size: int = 128) -> np.ndarray:
     return np.stack(frames)
 
 
+def published(task: str) -> np.ndarray:
+    """DrQ-v2's curve, with fields frame, mean, sd, seeds; empty for a task that it leaves out."""
+    curves = np.genfromtxt(ROOT / 'benchmarks/drqv2_curves.csv', delimiter=',', names=True,
+                           dtype=None, encoding='utf8')
+    return curves[curves['task'] == task]
+
+
 def official(task: str, frames: int) -> tuple[str, str]:
     """DrQ-v2's mean return over its seeds, at `frames` and at the end of its published curve."""
-    with open(ROOT / 'benchmarks/drqv2_curves.csv') as file:
-        curve = {int(row['frame']): float(row['mean']) for row in csv.DictReader(file)
-                 if row['task'] == task}
-    if not curve:
+    curve = published(task)
+    if not len(curve):
         return '', ''
-    there, end = min(curve, key=lambda frame: abs(frame - frames)), max(curve)
-    return f'{curve[there]:.0f}', f'{curve[end]:.0f} at {end / 1e6:.1f}M'
+    there, end = curve[abs(curve['frame'] - frames).argmin()], curve[curve['frame'].argmax()]
+    return f"{there['mean']:.0f}", f"{end['mean']:.0f} at {end['frame'] / 1e6:.1f}M"
 
 
 def line(path: Path, num_episodes: int) -> str:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import plain
 import pytest
@@ -65,11 +67,12 @@ def updated(obs_shape, precision, steps=3):
     replay = batch_of(obs_shape)
     for step in range(0, 2 * steps, 2):
         torch.manual_seed(step)
+        utils.set_precision(precision)
         metrics = agent.update(replay, 32, step)
         torch.manual_seed(step)
+        utils.set_precision('fp32')
         losses.append([(metrics['critic_loss'].item(), metrics['actor_loss'].item()),
                        slow.update(*replay.batch)])
-    utils.set_precision('fp32')
     return agent, slow, np.array(losses)
 
 
@@ -100,9 +103,22 @@ def test_the_bf16_encoder_has_the_features_and_gradients_of_the_fp32_one(monkeyp
     for out in features:
         (out * weights).sum().backward()
     assert (features[0] - features[1]).norm() < 0.01 * features[0].norm()
+    with torch.no_grad():
+        assert torch.equal(fast(obs), features[1])
     for one, other in zip(exact.parameters(), fast.parameters(), strict=True):
         # those near 0 pass another ReLU for their rounding
         assert (one.grad - other.grad).norm() < 0.15 * one.grad.norm()
+
+
+@pytest.mark.parametrize('for_backward', [True, False])
+def test_activations_are_kept_only_for_a_backward_pass(for_backward, monkeypatch):
+    kept = []
+    monkeypatch.setattr(ConvStack, 'apply', lambda *args: ConvStack.forward(
+        SimpleNamespace(save_for_backward=lambda *tensors: kept.extend(tensors)), *args))
+    encoder = Encoder((9, 32, 32), 'bf16')
+    with torch.set_grad_enabled(for_backward):
+        features = encoder(torch.zeros(2, 9, 32, 32, dtype=torch.uint8))
+    assert kept[0] is features and len(kept) == 1 + 4 + (4 if for_backward else 0)  # and weights
 
 
 @pytest.mark.parametrize('obs_shape', [(9, 24, 24), (6,)])
@@ -116,7 +132,6 @@ def test_bf16_stays_close_to_the_plain_update(obs_shape, monkeypatch):
             # Adam's first steps are of size lr whatever the gradient: at worst they go both ways
             torch.testing.assert_close(one, other, rtol=0, atol=2 * 3 * 1e-4 + 1e-6)
             assert (one - other).abs().mean() < 5e-5
-    assert torch.backends.mkldnn.matmul.fp32_precision == 'ieee'
 
 
 def test_updates_come_every_other_step():

@@ -124,6 +124,19 @@ def test_what_the_agent_learns_from_is_what_the_environment_showed(tmp_path):
         assert any(np.array_equal(obs, other) for other in seen)
 
 
+def test_every_evaluation_plays_the_same_episodes_to_their_ends(tmp_path):
+    workspace = make(tmp_path, pixels=False, num_train_frames=40)
+    before = list(workspace.play(1))
+    workspace.train()
+    after = list(workspace.play(1))
+    assert np.array_equal(before[0].observation, after[0].observation)
+    assert len(after) == 11 and after[-1].last()
+    returns = [sum(time_step.reward for time_step in list(workspace.play(episode))[1:])
+               for episode in range(CFG.num_eval_episodes)]
+    assert workspace.evaluations[-1] == [40, pytest.approx(np.mean(returns)),
+                                         pytest.approx(np.std(returns))]
+
+
 def test_the_end_of_a_run(tmp_path):
     workspace = make(tmp_path, pixels=False)
     workspace.train()

@@ -39,7 +39,8 @@ def data_dir(tmp_path, scenery):
         video.write_json(root / 'meta.json', {
             'format': utils.FORMAT, 'task': 'reacher_hard', 'split': split, 'im_size': SIZE,
             'episode_len': LENGTH, 'num_contexts': 3, 'action_repeat': 2, 'scenery': scenery,
-            'num_episodes': 2, 'expert_sha256': 'none', 'versions': utils.versions()})
+            'num_episodes': 2, 'expert_sha256': 'none', 'quality': dmc.CONTEXT_QUALITY,
+            'versions': utils.versions()})
     return tmp_path / 'videos'
 
 
