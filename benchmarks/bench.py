@@ -119,6 +119,7 @@ def run(workspace, num_steps: int) -> Callable:
             for _ in range(num_steps):
                 time_step = workspace.step(time_step, beside, try_update)
                 if time_step.last():
+                    workspace.global_episode += 1
                     time_step = workspace.start_episode()
 
     while workspace.global_step < 2000 or not len(workspace.replay_buffer):  # random actions
@@ -210,6 +211,8 @@ def filming(device, folder) -> Iterator[Row]:
     film_eight = [lambda pool=pool: list(pool.map(generate_expert_video.make_episode, ['train'] * 8,
                                                   range(10, 18))) for pool in pools]
     yield Row('clips of 4 contexts, two processes beside one', 'clips', 32, *film_eight, 3)
+    for pool in pools:  # nobody else would, at the end of a process that another started
+        pool.shutdown()
 
 
 def translating(device, folder) -> Iterator[Row]:
