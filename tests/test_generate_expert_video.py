@@ -268,3 +268,10 @@ def test_two_generations_do_not_share_a_folder(dataset, snapshot):
     with script.only_one_at_work(dataset), pytest.raises(utils.UserError, match='another process'):
         script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=3'))
     assert len(video.episode_numbers(dataset / 'train')) == 2
+
+
+def test_an_expert_of_other_pictures_is_refused(tmp_path):
+    utils.save_snapshot(tmp_path / 'expert.pt', 'expert', 'reacher_hard', {
+        'made_by': {'env_args': {'obs': 'pixels'}, 'quality': [2048, 28, 16]}, 'agent_args': {}})
+    with pytest.raises(utils.UserError, match='2048'):
+        script.load_expert(tmp_path / 'expert.pt', 'reacher_hard')

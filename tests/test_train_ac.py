@@ -204,3 +204,14 @@ def test_settings_that_do_not_go_together_are_told_before_any_work(cfg, tmp_path
     cfg.merge_with(overrides)
     with pytest.raises(UserError, match=mend):
         train_ac.make_workspace(cfg, tmp_path)
+
+
+def test_demonstrations_of_other_pictures_are_refused(data_dir, cfg, model, tmp_path):
+    cfg.snapshot = str(tmp_path / 'ct.pt')
+    utils.save_snapshot(cfg.snapshot, 'translator', cfg.task_name, {
+        'model_args': MODEL_ARGS, 'model': model.state_dict(), 'made_by': {}})
+    for split in ('train', 'valid'):
+        meta = video.read_json(data_dir / split / 'meta.json')
+        video.write_json(data_dir / split / 'meta.json', meta | {'quality': [2048, 28, 16]})
+    with pytest.raises(UserError, match='quality .*2048'):
+        train_ac.make_workspace(cfg, tmp_path)
