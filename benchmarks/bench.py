@@ -307,7 +307,9 @@ def plain_side(pipe, part: str, device: torch.device):
 
 def measure(row: Row, device, pipe, peak: float) -> dict:
     """Both by turns, after a call of each that is not counted."""
-    difference = row.difference() if row.difference else None
+    result = {'part': row.part, 'unit': f'{row.unit}/s'}
+    if row.difference:  # first: see there
+        result['difference'] = row.difference()
     ours, plain_ones = [], []
     for _ in range(row.repeats + 1):
         ours.append(timed(row.ours, device))
@@ -316,10 +318,7 @@ def measure(row: Row, device, pipe, peak: float) -> dict:
     pipe.send('next')
     fast = row.amount / float(np.median(ours[1:]))
     slow = (row.plain_amount or row.amount) / float(np.median(plain_ones[1:]))
-    result = {'part': row.part, 'unit': f'{row.unit}/s', 'ours': fast, 'plain': slow,
-              'ratio': fast / slow}
-    if difference is not None:
-        result['difference'] = difference
+    result |= {'ours': fast, 'plain': slow, 'ratio': fast / slow}
     if row.flops:
         result['share_of_peak'] = fast * row.flops / peak
     return result

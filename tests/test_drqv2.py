@@ -110,6 +110,17 @@ def test_the_bf16_encoder_has_the_features_and_gradients_of_the_fp32_one(monkeyp
         assert (one.grad - other.grad).norm() < 0.15 * one.grad.norm()
 
 
+def test_where_the_cpu_has_no_bf16_the_encoder_goes_round(monkeypatch):
+    encoder = Encoder((9, 32, 32), 'bf16')
+    obs = torch.randint(0, 256, (4, 9, 32, 32), dtype=torch.uint8)
+    fused = encoder(obs)
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False)
+    monkeypatch.setattr(ConvStack, 'apply', None)
+    plainly = encoder(obs)
+    assert plainly.dtype == fused.dtype
+    assert (plainly - fused).norm() < 0.01 * fused.norm()
+
+
 @pytest.mark.parametrize('for_backward', [True, False])
 def test_activations_are_kept_only_for_a_backward_pass(for_backward, monkeypatch):
     kept = []

@@ -1,4 +1,5 @@
 import numpy as np
+import plain
 import pytest
 from dm_env import StepType, TimeStep
 from fakes import FakeEnv
@@ -58,6 +59,21 @@ def test_sample_equals_hand_arithmetic(tmp_path, pixels):
         np.testing.assert_array_equal(next_obs[b], later[-1][0].observation)
         times.add(t)
     assert times == set(range(env.length))  # every step is a start, the last transition too
+
+
+def test_the_ring_holds_the_transitions_of_the_plain_list(tmp_path):
+    np.random.seed(0)
+    env = FakeEnv(pixels=True)
+    ours, theirs = make(tmp_path, env, frame_stack=3), plain.Replay(nstep=3, discount=DISCOUNT)
+    for episode in play(ours, env, 3):
+        for time_step, action in episode:
+            theirs.add(time_step, action)
+    transitions = []
+    for replay in (ours, theirs):
+        batch = [part.numpy().astype(np.float32).reshape(500, -1) for part in replay.sample(500)]
+        transitions.append(np.unique(np.concatenate(batch, axis=1).round(4), axis=0))
+    assert len(transitions[0]) == 3 * env.length
+    np.testing.assert_allclose(*transitions, atol=2e-4)
 
 
 def test_terminal_discount_stops_the_return(tmp_path):
