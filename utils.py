@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -79,6 +80,15 @@ def register_tasks(overrides: list[str]):
 def work_dir() -> Path:
     """The run's folder, which Hydra made."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def command() -> str:
+    """What the running script was started with, e.g. 'train.py task=reacher_hard obs=states'; ''
+    outside one."""
+    if not HydraConfig.initialized():
+        return ''
+    started = HydraConfig.get()
+    return shlex.join([f'{started.job.name}.py', *started.overrides.task])
 
 
 def pick_device(name: str) -> torch.device:
@@ -266,7 +276,7 @@ def save_snapshot(path: str | Path, kind: str, task: str, payload: dict):
     path = Path(path)
     with atomic_write(path) as tmp:
         torch.save({'format': FORMAT, 'kind': kind, 'task': task, 'versions': versions(),
-                    **payload}, tmp)
+                    'command': command(), **payload}, tmp)
         if path.exists():
             os.replace(path, previous(path))
 
@@ -321,7 +331,7 @@ def slim(source: str | Path, target: str | Path):
     `ct/<task>.pt` are made by it: python utils.py slim IN OUT
     """
     payload = load_snapshot(source, None, remedy='choose another')
-    keep = ('format', 'kind', 'task', 'versions', 'made_by', 'agent_args', 'model_args',
+    keep = ('format', 'kind', 'task', 'versions', 'command', 'made_by', 'agent_args', 'model_args',
             'global_step', 'elapsed')
     slimmed = {key: payload[key] for key in keep if key in payload}
     if 'agent' in payload:

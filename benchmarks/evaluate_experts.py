@@ -84,11 +84,13 @@ def line(path: Path, num_episodes: int) -> str:
     frames = made['global_step'] * env_args['action_repeat'] if 'global_step' in made else 0
     at_frames, at_end = official(path.stem, frames)
     bar = BARS.get(path.stem)
+    # of snapshots from before they kept it
+    default = f"train.py task={path.stem} obs={env_args['obs']} seed={made['made_by']['seed']}"
     cells = [path.stem, env_args['obs'], f'{frames:,}' if frames else '',
              f"{made['elapsed'] / 60:.0f} min" if 'elapsed' in made else '',
              f'**{expert.mean():.0f}** ± {expert.std():.0f}', f'{bar or ""}', f'{rand.mean():.0f}',
              at_frames if frames else '', at_end,
-             f"`train.py task={path.stem} obs={env_args['obs']} seed={made['made_by']['seed']}`",
+             f"`{made.get('command') or default}`",
              ', '.join(f'{name} {version}' for name, version in made['versions'].items()),
              f'`{utils.sha256(path)[:16]}`']
     print(f'{path.stem}: {expert.mean():.1f} +- {expert.std():.1f}, lowest {expert.min():.0f}; '

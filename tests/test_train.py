@@ -209,3 +209,5 @@ def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     assert resumed.returncode == whole.returncode == 0
     before, after = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
     assert all(torch.equal(before[name], after[name]) for name in before)
+    started = utils.load_snapshot(tmp_path / 'whole/snapshot.pt', 'expert')['command']
+    assert started == ' '.join(['train.py', *command[2:]])

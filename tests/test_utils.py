@@ -89,7 +89,8 @@ def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
     assert not (tmp_path / 'hacked').exists()
 
 
-def test_slim_keeps_what_acting_needs(tmp_path):
+def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, 'command', lambda: 'train.py seed=2')
     agent = {name: {'w': torch.ones(2)} for name in ('encoder', 'actor', 'critic', 'actor_opt')}
     utils.save_snapshot(tmp_path / 'run.pt', 'expert', 'reacher_hard',
                         {'agent': agent, 'agent_args': {'obs_shape': [6]}, 'made_by': {},
@@ -98,6 +99,7 @@ def test_slim_keeps_what_acting_needs(tmp_path):
     slim = utils.load_snapshot(tmp_path / 'slim.pt', 'expert', 'reacher_hard')
     assert slim['agent'].keys() == {'encoder', 'actor'}
     assert slim['agent_args'] == {'obs_shape': [6]}
+    assert slim['command'] == 'train.py seed=2'
 
 
 def test_device():
