@@ -7,8 +7,8 @@
 TASK ?= reacher_hard
 BUDGET ?= full
 
-# What a budget buys, as overrides of each script: full is at most 20 minutes on two cores without
-# a GPU, smoke about 2.
+# What a budget buys, as overrides of each script: from shipped weights, full is at most 20 minutes
+# on two cores without a GPU, smoke two to three.
 EXPERT_full      = num_train_frames=300_000
 VIDEOS_full      = num_train=500 num_valid=50
 TRANSLATOR_full  = num_train_steps=1500

@@ -68,6 +68,8 @@ class ACAgent(DrQV2Agent):
         return n, n + round(self._hindsight * batch_size)
 
     def draw(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """-> obs (B, n), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, n), float32:
+        the first relabelled, those after them in hindsight, see `_ends`."""
         steps = sorted({step + more for step in self._lookahead for more in (0, 1)})
         obs, action, reward, discount, next_obs, *later = replay_buffer.sample(
             batch_size, ahead=steps if self._hindsight else ())

@@ -46,13 +46,29 @@ except (RuntimeError, AttributeError, ImportError) as error:
     raise UserError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work here: unset it, or "
                     'apt-get install libegl1 libgl1-mesa-dri.') from error
 
-SHADOW_SIZE = 512  # the suite's 2048 costs three times the frame for a difference of 0.016/255
+# The suite's 2048 costs three times the frame, for a difference of 0.02/255 (reacher) to 0.05/255
+# (finger).
+SHADOW_SIZE = 512
 MAX_EPISODE_STEPS = 1000  # the suite's lqr tasks would go on for ever
 # Of curved shapes, around and along. The suite's (28, 16) cost half as much again for a difference
 # of 0.01 to 0.05/255. Where scenery varies, edges may be coarser still.
 FACETS, CONTEXT_FACETS = (28, 8), (14, 7)
 # What pictures depend on beside MuJoCo's version: written into all that is learned from them.
 QUALITY, CONTEXT_QUALITY = [SHADOW_SIZE, *FACETS], [SHADOW_SIZE, *CONTEXT_FACETS]
+
+
+def require_same_pictures(source, versions: dict, quality: list | None, wanted: list, mend: str):
+    """Raises: UserError where `source` comes from pictures that are not drawn as those here.
+
+    Args:
+      versions, quality: `utils.versions()` and `QUALITY` or `CONTEXT_QUALITY`, as they were there.
+      wanted: that quality here; mend: the command that mends it.
+    """
+    for what, there, here in (('MuJoCo', versions['mujoco'], mujoco.__version__),
+                              ('quality', quality, wanted)):
+        if there != here:
+            raise UserError(f'{source} comes from pictures of {what} {there}, which is drawn '
+                            f'otherwise than {here}: {mend}.')
 
 
 def task_names() -> list[str]:

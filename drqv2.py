@@ -105,8 +105,8 @@ class ConvStack(torch.autograd.Function):
 class Encoder(nn.Module):
     """uint8 pixels (B, C, H, W) -> (B, repr_dim), 39,200 at 84 px; flat states pass unchanged.
 
-    What makes bf16 fast, and right: pixels less 128 are exact in it, and images lie in memory with
-    their channels innermost. Features are flattened as they lie, so their order is not the
+    Pixels less 128 are exact in bf16, and images lie in memory with their channels innermost, which
+    makes it fast. Features are flattened as they lie, so their order is not the
     published one, to which no layer attends.
     """
 
@@ -223,6 +223,10 @@ class DrQV2Agent:
           precision: 'fp32', or 'bf16' for what is multiplied; sums and parameters stay in fp32.
         """
         self.device = torch.device(device)
+        if update_every_steps < 1:
+            raise utils.UserError(f'agent.update_every_steps={update_every_steps} is below 1: set '
+                                  'agent.update_every_steps=1 or more.')
+        utils.schedule(stddev_schedule, 0)  # a wrong one is told here, not at the first step
         self.critic_target_tau, self.update_every_steps = critic_target_tau, update_every_steps
         self.num_expl_steps = num_expl_steps
         self.stddev_schedule, self.stddev_clip = stddev_schedule, stddev_clip
@@ -292,6 +296,10 @@ class DrQV2Agent:
         return {'batch_reward': reward.mean(), **metrics}
 
     def update_critic(self, features, action, reward, discount, next_features, stddev):
+        """Encoder and critic, towards reward + discount Q'(next).
+
+        Args: features, next_features (B, repr_dim), action (B, A), reward and discount (B, 1).
+        """
         with torch.no_grad():
             next_action = self.actor(next_features, stddev).sample(self.stddev_clip)
             target_q = torch.min(*self.critic_target(next_features, next_action))
@@ -305,6 +313,7 @@ class DrQV2Agent:
                 'critic_q2': q2.detach().mean(), 'critic_loss': loss.detach()}
 
     def update_actor(self, features, action, stddev):
+        """The actor alone. Args: features (B, repr_dim), detached; action (B, A), those taken."""
         loss = self.actor_loss(features, self.actor(features, stddev), action)
         parameters = list(self.actor.parameters())
         # Not loss.backward(): that would also work out gradients of the critic, to throw them away.
@@ -314,5 +323,5 @@ class DrQV2Agent:
         return {'actor_loss': loss.detach()}
 
     def actor_loss(self, features, dist, action):
-        """`action`, those that were taken, is not of use here, but to the imitator."""
+        """-> 0-d. Of `action`, those that were taken, only the imitator makes use."""
         return -torch.min(*self.critic(features, dist.sample(self.stddev_clip))).mean()

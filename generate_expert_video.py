@@ -44,9 +44,9 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
     expert = utils.load_snapshot(path, 'expert', task_name,
                                  remedy=f'python train.py task={task_name}')
     made_by = expert['made_by']
-    if made_by['env_args']['obs'] == 'pixels' and made_by.get('quality') != dmc.QUALITY:
-        raise UserError(f"{path} learned from pictures of quality {made_by.get('quality')}, not "
-                        f'{dmc.QUALITY}: python train.py task={task_name}.')
+    if made_by['env_args']['obs'] == 'pixels':
+        dmc.require_same_pictures(path, expert['versions'], made_by.get('quality'), dmc.QUALITY,
+                                  f'python train.py task={task_name}')
     agent = DrQV2Agent(**expert['agent_args'], device='cpu')
     agent.load_state_dict(expert['agent'])
     return agent, made_by['env_args']
@@ -67,8 +67,8 @@ def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: 
     """One episode of the deterministic expert, from its start, seen by a camera for each context.
 
     Args:
-      cameras: `render(context)` -> uint8 (H, W, 3); looks: their contexts, the same
-        objects throughout, so that textures are uploaded once an episode.
+      cameras: `render(context)` -> uint8 (H, W, 3), each with its own, so that textures are
+        uploaded once an episode; looks: their contexts.
 
     Returns: frames uint8 (C, episode_len + 1, H, W, 3), and the reward of each step.
     """
@@ -165,6 +165,7 @@ def generate(cfg):
 
     Raises: UserError for bad settings, before anything is written.
     """
+    utils.require_at_least(cfg, 0, 'seed')
     utils.require_at_least(cfg, 1, 'num_train', 'num_valid', 'num_contexts', 'im_size')
     utils.require_at_least(cfg, 2, 'episode_len')
     if cfg.num_workers is not None:
@@ -196,11 +197,12 @@ def only_one_at_work(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)  # the folder itself: nothing is left behind
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f'another process is filming into {folder}: wait for it, or set '
+                            'out_dir to another folder.') from error
         yield
-    except BlockingIOError as error:
-        raise UserError(f'another process is filming into {folder}: wait for it, or set out_dir to '
-                        'another folder.') from error
     finally:
         os.close(lock)
 

@@ -18,8 +18,8 @@ class ReplayBuffer:
     uniformly: a start within `nstep` of the end gets the return up to the end, so that returns
     never cross episodes and the last steps of a short horizon are learned as well.
 
-    The rows are memory-mapped files: memory is the page cache's to give and take, and nothing of a
-    whole episode is lost in a kill. `slack` rows beyond `capacity` keep what a run that goes back
+    The rows are memory-mapped files: memory is the page cache's to give and take, and a snapshot of
+    a run need not copy them. `slack` rows beyond `capacity` keep what a run that goes back
     to its last snapshot still has to sample.
     """
 
@@ -88,7 +88,8 @@ class ReplayBuffer:
     def sample(self, batch_size: int, ahead: tuple[int, ...] = ()) -> tuple[torch.Tensor, ...]:
         """-> obs (B, *obs), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, *obs), and
         for every number of steps in `ahead` the obs so long after the first (B, *obs), the
-        episode's last standing in for those beyond its end.
+        episode's last standing in for those beyond its end. Observations are of their spec's dtype,
+        the rest float32.
 
         reward is the discounted n-step sum; discount multiplies the value of next_obs. Sampled
         with a generator of the buffer's own, whose state is part of `state_dict`.

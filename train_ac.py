@@ -16,13 +16,12 @@ import utils
 import video
 from ac_agent import ACAgent
 from ct_model import ContextTranslator, to_uint8
-from generate_expert_video import load_expert
 from train import Workspace, check_settings
 from utils import UserError
 
 
 class DemoTranslator:
-    """A context translator at work on demonstrations: each is encoded once, when first drawn.
+    """A context translator at work on demonstrations: each is encoded once, when first needed.
 
     Features leave as linear discriminants: the directions in which demonstrations vary most for
     what translation gets wrong in them, each scaled to unit variance. What is left behind is noise
@@ -36,7 +35,7 @@ class DemoTranslator:
         Args:
           z_dim: how many discriminants.
           basis: another DemoTranslator's, in plain values, so that both give the same features and
-            rewards. Worked out anew on another machine, axes may point the other way.
+            rewards: worked out anew, on another machine, they may point the other way.
         """
         self.model, self._clips, self._encoded = model, clips, {}
         self._device = next(model.parameters()).device
@@ -114,14 +113,15 @@ class DemoTranslator:
 def require_same_action_repeat(cfg, source: str | Path, action_repeat: int):
     """Raises: UserError where the agent would not act as often as the expert of `source`."""
     if action_repeat != cfg.action_repeat:
-        raise UserError(f'the expert of {source} repeats its actions {action_repeat} times, '
+        raise UserError(f'the expert behind {source} repeats its actions {action_repeat} times, '
                         f'not {cfg.action_repeat}: set action_repeat={action_repeat}.')
 
 
 def film_demonstrations(cfg, im_size: int):
     """Let the expert film what is to be imitated; it goes on where it was interrupted."""
-    _, env_args = load_expert(cfg.expert, cfg.task_name)
-    require_same_action_repeat(cfg, cfg.expert, env_args['action_repeat'])
+    expert = utils.load_snapshot(cfg.expert, 'expert', cfg.task_name,
+                                 remedy=f'python train.py task={cfg.task_name}')
+    require_same_action_repeat(cfg, cfg.expert, expert['made_by']['env_args']['action_repeat'])
     command = [sys.executable, str(Path(__file__).parent / 'generate_expert_video.py'),
                f'task={cfg.task_name}', f'snapshot={cfg.expert}', f'out_dir={cfg.data_dir}',
                f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}',
@@ -186,8 +186,11 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                         'w_img=0 and 1 as the first lookahead: set relabel=0.')
     utils.set_precision(cfg.precision)
     device = utils.pick_device(cfg.device)
+    retrain = f'python train_ct.py task={cfg.task_name}'
     made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name,
-                               remedy=f'python train_ct.py task={cfg.task_name}')
+                               remedy=retrain)
+    dmc.require_same_pictures(cfg.snapshot, made['made_by']['videos'],
+                              made['made_by'].get('quality'), dmc.CONTEXT_QUALITY, retrain)
     model = ContextTranslator(**made['model_args'])
     model.load_state_dict(made['model'])
     model.to(device, utils.PRECISIONS[cfg.precision]).eval()
@@ -206,13 +209,10 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                         f'the agent: python generate_expert_video.py task={cfg.task_name} '
                         'num_contexts=4 out_dir=<another folder>.')
     require_same_action_repeat(cfg, root, meta['action_repeat'])
-    for what, there, here in (
-            ('MuJoCo', meta['versions']['mujoco'], utils.versions()['mujoco']),
-            ('quality', meta['quality'], dmc.CONTEXT_QUALITY)):
-        if there != here:
-            raise UserError(f'{root} was filmed with {what} {there}, which draws otherwise than '
-                            f'{here}: remove it, and python generate_expert_video.py '
-                            f'task={cfg.task_name}.')
+    refilm = f'remove it, and python generate_expert_video.py task={cfg.task_name}'
+    for clips in (train_clips, valid_clips):
+        dmc.require_same_pictures(clips.root, clips.meta['versions'], clips.meta['quality'],
+                                  dmc.CONTEXT_QUALITY, refilm)
     basis = None
     if utils.newest_snapshot(work_dir / 'snapshot.pt'):
         basis = utils.load_snapshot(work_dir / 'snapshot.pt', 'imitator', cfg.task_name,

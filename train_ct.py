@@ -200,6 +200,7 @@ def train(cfg, work_dir: Path):
 
     Raises: UserError for bad settings or data, before anything is written.
     """
+    utils.require_at_least(cfg, 0, 'seed')
     utils.require_at_least(cfg, 1, 'num_train_steps', 'batch_size', 'frames_per_clip', 'log_every',
                            'eval_every', 'snapshot_every', 'num_eval_clips')
     utils.set_precision(cfg.precision)
@@ -226,6 +227,7 @@ def train(cfg, work_dir: Path):
 
     made_by = {'weights': weights, 'expert_sha256': clips.meta['expert_sha256'],
                'num_clips': len(clips), 'videos': clips.meta['versions'],
+               'quality': clips.meta['quality'],
                **{key: cfg[key] for key in ('seed', 'pairs', 'batch_size', 'frames_per_clip',
                                             'augment_mirror', 'augment_colours', 'precision')}}
     path, best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'

@@ -91,6 +91,13 @@ def command() -> str:
     return shlex.join([f'{started.job.name}.py', *started.overrides.task])
 
 
+def machine() -> str:
+    """What computes here, e.g. 'CPU, 2 threads' or the name of a GPU."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    return f'CPU, {torch.get_num_threads()} threads'
+
+
 def pick_device(name: str) -> torch.device:
     """'auto' takes CUDA where there is one; 'cuda' insists on it."""
     if name not in ('auto', 'cpu', 'cuda'):
@@ -105,8 +112,9 @@ def pick_device(name: str) -> torch.device:
 def require_at_least(cfg, minimum: int, *keys: str):
     """Raises: UserError naming the first of the config's `keys` that lies below `minimum`."""
     for key in keys:
-        if cfg[key] < minimum:
-            raise UserError(f'{key}={cfg[key]} is below {minimum}: set {key}={minimum} or more.')
+        if not isinstance(cfg[key], int | float) or cfg[key] < minimum:
+            raise UserError(f'{key}={cfg[key]} is no number of at least {minimum}: set '
+                            f'{key}={minimum} or more.')
 
 
 def check_disk(folder: str | Path, num_bytes: int, what: str, mend: str):
@@ -152,6 +160,7 @@ def set_precision(name: str):
     fast = name == 'bf16'
     torch.backends.mkldnn.matmul.fp32_precision = 'bf16' if fast else 'ieee'
     torch.backends.cuda.matmul.fp32_precision = 'tf32' if fast else 'ieee'
+    torch.backends.cudnn.conv.fp32_precision = 'tf32' if fast else 'ieee'
 
 
 def derive_seed(*key: int) -> int:
@@ -202,14 +211,15 @@ def schedule(spec: str | float, step: int) -> float:
     """A number, or 'linear(start,end,duration)' over agent steps, as in DrQ-v2."""
     try:
         return float(spec)
-    except ValueError:
-        match = re.fullmatch(r'linear\(([^,]+),([^,]+),([^,]+)\)', str(spec).replace(' ', ''))
-        if not match:
-            raise UserError(f"schedule '{spec}' is neither a number nor "
-                            "'linear(start,end,duration)'.") from None
-        start, end, duration = map(float, match.groups())
+    except (TypeError, ValueError):
+        match = re.fullmatch(r'linear\((.+)\)', str(spec).replace(' ', ''))
+    try:
+        start, end, duration = map(float, match[1].split(','))
         mix = min(max(step / duration, 0.0), 1.0)
-        return (1.0 - mix) * start + mix * end
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"schedule '{spec}' is neither a number nor 'linear(start,end,duration)', "
+                        'of numbers and with a duration above 0.') from None
+    return (1.0 - mix) * start + mix * end
 
 
 @contextlib.contextmanager
@@ -276,7 +286,7 @@ def save_snapshot(path: str | Path, kind: str, task: str, payload: dict):
     path = Path(path)
     with atomic_write(path) as tmp:
         torch.save({'format': FORMAT, 'kind': kind, 'task': task, 'versions': versions(),
-                    'command': command(), **payload}, tmp)
+                    'command': command(), 'machine': machine(), **payload}, tmp)
         if path.exists():
             os.replace(path, previous(path))
 
@@ -327,19 +337,22 @@ def check_same_run(work_dir: Path, before: dict, now: dict):
 def slim(source: str | Path, target: str | Path):
     """Copy a snapshot without what only training needs (optimisers, targets, random numbers).
 
-    A translator's weights, ten million, are halved in precision as well. `experts/<task>.pt` and
-    `ct/<task>.pt` are made by it: python utils.py slim IN OUT
+    Large layers, those of translators and of experts that see pixels, are halved in precision as
+    well. `experts/<task>.pt` and `ct/<task>.pt` are made by it: python utils.py slim IN OUT
     """
     payload = load_snapshot(source, None, remedy='choose another')
-    keep = ('format', 'kind', 'task', 'versions', 'command', 'made_by', 'agent_args', 'model_args',
-            'global_step', 'elapsed')
+    keep = ('format', 'kind', 'task', 'versions', 'command', 'machine', 'made_by', 'agent_args',
+            'model_args', 'global_step', 'elapsed')
     slimmed = {key: payload[key] for key in keep if key in payload}
+
+    def halved(weights: dict) -> dict:
+        return {key: value.half() if value.numel() > 2 ** 16 else value
+                for key, value in weights.items()}
     if 'agent' in payload:
-        slimmed['agent'] = {key: payload['agent'][key] for key in ('encoder', 'actor')
+        slimmed['agent'] = {key: halved(payload['agent'][key]) for key in ('encoder', 'actor')
                             if key in payload['agent']}
     if 'model' in payload:
-        slimmed['model'] = {key: value.half() if value.ndim > 1 else value
-                            for key, value in payload['model'].items()}
+        slimmed['model'] = halved(payload['model'])
     with atomic_write(target) as tmp:
         torch.save(slimmed, tmp)
 

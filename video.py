@@ -165,15 +165,14 @@ class Clips:
     Args:
       root: the split's folder, e.g. videos/reacher_hard/train.
       task, im_size: what the videos must be of; None takes any.
-      min_clips: the least number of episodes that must be there; max_clips: the most to open.
-      min_len: the least number of steps (frames after the first) of a clip.
+      max_clips: how many episodes to open at most.
 
-    Raises: UserError where something is missing, damaged, of another task, size or format, too few
-      or too short; the sentence has the folder or file and the command that mends it.
+    Raises: UserError where something is missing, damaged or of another task, size or format; the
+      sentence has the folder or file and the command that mends it.
     """
 
     def __init__(self, root: str | Path, task: str | None = None, im_size: int | None = None,
-                 min_clips: int = 1, min_len: int = 1, max_clips: int | None = None):
+                 max_clips: int | None = None):
         self.root = Path(root)
         command = f"python generate_expert_video.py task={task or '<task>'}"
         if not (self.root / 'meta.json').exists():
@@ -189,17 +188,11 @@ class Clips:
             raise UserError(f"{self.root} holds images of {meta['im_size']} pixels, not {im_size}: "
                             f"set im_size={meta['im_size']}, or remove the folder and {command} "
                             f'im_size={im_size}.')
-        if meta['episode_len'] < min_len:
-            raise UserError(f"{self.root} holds clips of {meta['episode_len']} steps, fewer than "
-                            f'{min_len}: remove it and {command} episode_len={min_len}.')
         if not is_whole(self.root):
             raise UserError(f"{self.root} lacks some of its {meta['num_episodes']} episodes, since "
                             f'filming was interrupted: {command} goes on with it, given the same '
                             'options.')
         self._paths = [frames_path(self.root, i) for i in episode_numbers(self.root)[:max_clips]]
-        if len(self) < min_clips:
-            raise UserError(f'{self.root} holds {len(self)} clips, fewer than {min_clips}: '
-                            f"{command} num_{meta['split']}={min_clips}.")
         size = meta['im_size']
         self._shape = (meta['num_contexts'], meta['episode_len'] + 1, size, size, 3)
         self._episodes = [read_json(path.with_suffix('.json')) for path in self._paths]
@@ -229,5 +222,6 @@ class Clips:
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged: delete {path.with_suffix('.*')} and run python "
-                     'generate_expert_video.py again.')
+    lost = path.parent if path.name == 'meta.json' else path.with_suffix('.*')
+    return UserError(f'{path} is damaged: delete {lost} and run python generate_expert_video.py '
+                     'again.')

@@ -193,7 +193,6 @@ def studio_cfg(folder, **changes):
 
 def filming(device, folder) -> Iterator[Row]:
     cfg = studio_cfg(folder / 'clips')
-    studio = generate_expert_video.Studio(cfg)
     suite = dmc.load_suite(TASK)
 
     def slow_film():
@@ -205,12 +204,12 @@ def filming(device, folder) -> Iterator[Row]:
                 for _ in range(2):
                     suite.step(np.zeros(2))
 
-    yield Row('clips of 4 contexts, one process', 'clips', 4, lambda: studio.make('train', 10),
-              slow_film, 3)
     pools = [generate_expert_video.open_pool(cfg, num_workers) for num_workers in (2, 1)]
     film_eight = [lambda pool=pool: list(pool.map(generate_expert_video.make_episode, ['train'] * 8,
                                                   range(10, 18))) for pool in pools]
-    yield Row('clips of 4 contexts, two processes beside one', 'clips', 32, *film_eight, 3)
+    yield Row('clips of 4 contexts, one core', 'clips', 32, film_eight[1], slow_film, 3,
+              plain_amount=4)
+    yield Row('clips of 4 contexts, two cores beside one', 'clips', 32, *film_eight, 3)
     for pool in pools:  # nobody else would, at the end of a process that another started
         pool.shutdown()
 
@@ -242,13 +241,14 @@ def translating(device, folder) -> Iterator[Row]:
 
 def imitating(device, folder) -> Iterator[Row]:
     """Steps of the imitator. As the project that this follows does it, the plain one films 32
-    demonstrations anew for each episode, and translates and decodes them all."""
+    demonstrations anew for each episode (here of an agent that stands still, which takes as long),
+    and translates and decodes them all, with our networks in fp32."""
     generate_expert_video.generate(studio_cfg(folder / 'demos', num_train=8, num_valid=1))
     cfg = config('train_ac', f'data_dir={folder}/demos', f'snapshot={ROOT}/ct/{TASK}.pt',
                  *short(device))
     workspace = train_ac.make_workspace(cfg, folder / 'imitation')
     loop = run(workspace, 200)
-    model, horizon = plain.on_cpu(workspace.train_env._translator.model), 50
+    model, horizon = plain.on_cpu(workspace.train_env._translator.model).float(), 50
     suite, agent = PlainPixels(model.im_size), plain.PlainAgent(workspace.agent)
     action = np.zeros(2, np.float32)
 
@@ -373,4 +373,5 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    with utils.exit_on_user_error():
+        main()

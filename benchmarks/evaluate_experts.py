@@ -1,7 +1,7 @@
 """How good the shipped experts are: python benchmarks/evaluate_experts.py [--episodes 20]
 
-Plays each experts/<task>.pt and a random policy, and writes experts/README.md and
-demo/expert/<task>.gif.
+Plays each experts/<task>.pt and a random policy; over 20 episodes or more, it writes
+experts/README.md and demo/expert/<task>.gif as well.
 """
 import argparse
 import sys
@@ -24,6 +24,7 @@ from train import EVAL  # noqa: E402
 BARS = {'reacher_hard': 920, 'finger_spin': 850, 'finger_turn_easy': 900, 'walker_walk': 920,
         'cheetah_run': 700, 'reacher_easy': 940, 'cup_catch': 940, 'cartpole_swingup': 830,
         'hopper_stand': 850, 'walker_run': 550}
+MISSED = '(not reached)'
 SEED = 2026  # of episodes that no training run was judged by
 
 
@@ -78,17 +79,20 @@ def official(task: str, frames: int) -> tuple[str, str]:
 
 
 def line(path: Path, num_episodes: int) -> str:
+    """Plays, prints what came of it, and -> the table's row."""
     made = utils.load_snapshot(path, 'expert', path.stem)
     env_args = made['made_by']['env_args']
     expert, rand = evaluate(path, num_episodes)
     frames = made['global_step'] * env_args['action_repeat'] if 'global_step' in made else 0
     at_frames, at_end = official(path.stem, frames)
     bar = BARS.get(path.stem)
-    # of snapshots from before they kept it
+    # of snapshots from before these were kept
     default = f"train.py task={path.stem} obs={env_args['obs']} seed={made['made_by']['seed']}"
     cells = [path.stem, env_args['obs'], f'{frames:,}' if frames else '',
              f"{made['elapsed'] / 60:.0f} min" if 'elapsed' in made else '',
-             f'**{expert.mean():.0f}** ± {expert.std():.0f}', f'{bar or ""}', f'{rand.mean():.0f}',
+             made.get('machine', ''), f'**{expert.mean():.0f}** ± {expert.std():.0f}',
+             f"{bar or ''}{f' {MISSED}' if bar and expert.mean() < bar else ''}",
+             f'{rand.mean():.0f}',
              at_frames if frames else '', at_end,
              f"`{made.get('command') or default}`",
              ', '.join(f'{name} {version}' for name, version in made['versions'].items()),
@@ -102,16 +106,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--episodes', type=int, default=20)
     num_episodes = parser.parse_args().episodes
-    names = ['task', 'obs', 'frames', 'time', 'return', 'bar', 'random', 'DrQ-v2, same frames',
-             'DrQ-v2, end', 'command', 'versions', 'sha256']
+    if num_episodes < 1:
+        parser.error('--episodes is at least 1')
+    names = ['task', 'obs', 'frames', 'time', 'machine', 'return', 'bar', 'random',
+             'DrQ-v2, same frames', 'DrQ-v2, end', 'command', 'versions', 'sha256']
     paths = sorted((ROOT / 'experts').glob('*.pt'))
     lines = [line(path, num_episodes) for path in paths]
+    if num_episodes < 20:
+        return
     text = ('# Trained experts\n\n'
             'Made by `python benchmarks/evaluate_experts.py`: return over '
             f'{num_episodes} episodes of 1000 frames, mean ± standard deviation, of the '
             'deterministic policy. "bar" is what it should reach. DrQ-v2 learns from pixels: its '
             'figures are means over the seeds of its published curves, at the same number of '
-            'frames and at their end.\n\n'
+            'frames and at their end. Of snapshots from before machine and command were kept, the '
+            'first is blank and the second put together from task, obs and seed. "sha256" is the '
+            'beginning of it.\n\n'
             f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n" + '\n'.join(lines) + '\n')
     with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
         tmp.write_text(text)

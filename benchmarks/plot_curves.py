@@ -37,11 +37,13 @@ def plot(runs: list[Path], target: Path):
             frame, mean, sd = curve['frame'], curve['mean'], curve['sd']
             axes.plot(frame, mean, label=f"DrQ-v2, pixels, {curve['seeds'][0]} seeds ± sd")
             axes.fill_between(frame, mean - sd, mean + sd, alpha=0.2)
+        longest = 0
         for cfg, run in its_runs:
             ours = np.genfromtxt(run / 'eval.csv', delimiter=',', names=True)
             axes.plot(ours['frame'], ours['episode_reward'], '.-',
                       label=f'here, {cfg.obs}, seed {cfg.seed}')
-            axes.set_xlim(0, ours['frame'].max())
+            longest = max(longest, ours['frame'].max())
+        axes.set_xlim(0, longest)
         axes.set(title=task, xlabel='frame', ylabel='return', ylim=(0, 1050))
         axes.xaxis.set_major_formatter(EngFormatter(sep=''))
         axes.grid(alpha=0.3)

@@ -63,7 +63,7 @@ def test_dataset_is_whole(dataset, snapshot):
         'train/preview_00001.mp4', 'valid/episode_00000.json', 'valid/episode_00000.npy',
         'valid/meta.json', 'valid/preview_00000.mp4']
     for split, look in (('train', 'seen'), ('valid', 'held_out')):
-        clips = video.Clips(dataset / split, task='reacher_easy', im_size=32, min_len=5)
+        clips = video.Clips(dataset / split, task='reacher_easy', im_size=32)
         assert clips.meta['split'] == split and clips.meta['action_repeat'] == 2
         assert clips.meta['expert_sha256'] == utils.sha256(snapshot)
         assert clips.meta['versions'] == utils.versions()

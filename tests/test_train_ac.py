@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from test_cfgs import CFGS
 from test_train import Killed, rows, weights
 
@@ -17,6 +18,7 @@ from train_ac import DemoTranslator
 from utils import UserError
 
 LENGTH, SIZE = 4, 16
+MADE_BY = {'videos': utils.versions(), 'quality': dmc.CONTEXT_QUALITY}
 MODEL_ARGS = {'im_size': SIZE, 'channels': [4, 4, 4, 4], 'z_dim': 4, 'hidden': 8}
 
 
@@ -106,18 +108,20 @@ def make_env(cfg, model, split):
     return train_ac.make_env(cfg, clips, DemoTranslator(model, clips, cfg.z_dim), split == 'valid')
 
 
-def make(cfg, model, work_dir):
+def make(cfg, model, work_dir, overlap=False):
     work_dir.mkdir(exist_ok=True)
     envs = [make_env(cfg, model, split) for split in ('train', 'valid')]
     agent_args = dict(obs_shape=[4 * 5 + 1], action_dim=2, z_dim=4, num_frames=3, lookahead=[1, 2],
                       hidden_dim=16, feature_dim=None, num_expl_steps=10, relabel=0.25,
                       hindsight=0.5, w_inverse=1.0)
-    return Workspace(cfg, work_dir, 'imitator', *envs, ACAgent, agent_args, {})
+    return Workspace(cfg, work_dir, 'imitator', *envs, ACAgent, agent_args, {}, overlap)
 
 
-def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, model, tmp_path):
+@pytest.mark.parametrize('overlap', [False, True])  # updates in a second thread change nothing
+def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, model, tmp_path, overlap):
+    torch.set_num_threads(1)  # as they have it in a second thread
     make(cfg, model, tmp_path / 'whole').train()
-    killed = make(cfg, model, tmp_path / 'killed')
+    killed = make(cfg, model, tmp_path / 'killed', overlap)
     step, taken = killed.train_env.step, []
     def dying_step(action):
         taken.append(action)
@@ -127,7 +131,7 @@ def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, model, 
     killed.train_env.step = dying_step
     with pytest.raises(Killed):
         killed.train()
-    resumed = make(cfg, model, tmp_path / 'killed')
+    resumed = make(cfg, model, tmp_path / 'killed', overlap)
     assert 0 < resumed.global_step < 58
     resumed.train()
     whole, again = (weights(tmp_path / name, 'imitator') for name in ('whole', 'killed'))
@@ -136,11 +140,8 @@ def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, model, 
         assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
 
 
-def test_a_resumed_run_keeps_its_features(cfg, model, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_features(cfg, shipped, tmp_path, monkeypatch):
     """Worked out again, they could point the other way."""
-    cfg.snapshot = str(tmp_path / 'ct.pt')
-    utils.save_snapshot(cfg.snapshot, 'translator', cfg.task_name, {
-        'model_args': MODEL_ARGS, 'model': model.state_dict(), 'made_by': {}})
     first = train_ac.make_workspace(cfg, tmp_path)
     first.save_snapshot()
     monkeypatch.setattr(DemoTranslator, '_find_basis', None)
@@ -199,6 +200,7 @@ def test_shares_of_a_batch_are_no_more_than_the_batch(cfg, tmp_path):
     ({'hindsight': 0.5, 'nstep': 3}, 'set nstep=1'),
     ({'relabel': 0, 'hindsight': 0}, 'w_inverse=0'), ({'w_inverse': -1}, 'w_inverse=0'),
     ({'lookahead': []}, r'lookahead=\[1,3'), ({'lookahead': [0, 1]}, r'lookahead=\[1,3'),
+    ({'w_feature': 0, 'w_img': 0}, 'set w_feature=1'),
     ({'precision': 'fp8'}, 'set precision=fp32')])
 def test_settings_that_do_not_go_together_are_told_before_any_work(cfg, tmp_path, overrides, mend):
     cfg.merge_with(overrides)
@@ -206,12 +208,39 @@ def test_settings_that_do_not_go_together_are_told_before_any_work(cfg, tmp_path
         train_ac.make_workspace(cfg, tmp_path)
 
 
-def test_demonstrations_of_other_pictures_are_refused(data_dir, cfg, model, tmp_path):
+@pytest.fixture
+def shipped(cfg, model, tmp_path):
+    """A translator where `cfg` looks for it; -> writes it, made by what it is given."""
     cfg.snapshot = str(tmp_path / 'ct.pt')
-    utils.save_snapshot(cfg.snapshot, 'translator', cfg.task_name, {
-        'model_args': MODEL_ARGS, 'model': model.state_dict(), 'made_by': {}})
-    for split in ('train', 'valid'):
-        meta = video.read_json(data_dir / split / 'meta.json')
-        video.write_json(data_dir / split / 'meta.json', meta | {'quality': [2048, 28, 16]})
-    with pytest.raises(UserError, match='quality .*2048'):
+
+    def write(made_by):
+        utils.save_snapshot(cfg.snapshot, 'translator', cfg.task_name, {
+            'model_args': MODEL_ARGS, 'model': model.state_dict(), 'made_by': made_by})
+    write(MADE_BY)
+    return write
+
+
+@pytest.mark.parametrize('split', ['train', 'valid'])
+@pytest.mark.parametrize('other, words', [
+    ({'quality': [2048, 28, 16]}, 'quality .*2048.*generate_expert_video.py'),
+    ({'versions': utils.versions() | {'mujoco': '3.0'}}, 'MuJoCo 3.0.*generate_expert_video.py')])
+def test_demonstrations_of_other_pictures_are_refused(data_dir, cfg, shipped, tmp_path, split,
+                                                      other, words):
+    path = data_dir / split / 'meta.json'
+    video.write_json(path, video.read_json(path) | other)
+    with pytest.raises(UserError, match=words):
+        train_ac.make_workspace(cfg, tmp_path)
+
+
+def test_a_translator_of_other_pictures_or_too_few_features_is_refused(cfg, shipped, tmp_path):
+    with pytest.raises(UserError, match='set z_dim=4'):
+        train_ac.make_workspace(OmegaConf.merge(cfg, {'z_dim': 5}), tmp_path)
+    shipped(MADE_BY | {'quality': [2048, 28, 16]})
+    with pytest.raises(UserError, match='quality .*2048.*train_ct.py'):
+        train_ac.make_workspace(cfg, tmp_path)
+
+
+def test_an_agent_acts_as_often_as_the_expert_did(cfg, shipped, tmp_path):
+    cfg.action_repeat = 4
+    with pytest.raises(UserError, match='set action_repeat=2'):
         train_ac.make_workspace(cfg, tmp_path)

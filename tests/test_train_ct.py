@@ -7,6 +7,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+import dmc
 import train_ct
 import utils
 import video
@@ -28,7 +29,8 @@ def film(root, split='train', num_episodes=5, num_contexts=3, seed=0):
     video.write_json(folder / 'meta.json', {
         'format': utils.FORMAT, 'task': 'fake_walk', 'split': split, 'im_size': SIZE,
         'episode_len': LENGTH, 'num_contexts': num_contexts, 'num_episodes': num_episodes,
-        'expert_sha256': '0', 'versions': utils.versions()})
+        'expert_sha256': '0', 'quality': dmc.CONTEXT_QUALITY,
+        'versions': utils.versions()})
     for i in range(num_episodes):
         place = rng.integers(1, SIZE - 5, (2, 2))
         frames = np.empty((num_contexts, LENGTH + 1, SIZE, SIZE, 3), np.uint8)

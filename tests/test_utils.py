@@ -19,6 +19,9 @@ def test_schedule():
     assert utils.schedule('0.2', 7) == utils.schedule(0.2, 7) == 0.2
     with pytest.raises(UserError, match='cosine'):
         utils.schedule('cosine(1)', 0)
+    for wrong in ('linear(1,x,5)', 'linear(1,2)', 'linear(1,0.1,0)', None):
+        with pytest.raises(UserError, match='linear'):
+            utils.schedule(wrong, 0)
 
 
 def test_until_and_every_count_in_frames():
@@ -91,13 +94,16 @@ def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
 
 def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, 'command', lambda: 'train.py seed=2')
-    agent = {name: {'w': torch.ones(2)} for name in ('encoder', 'actor', 'critic', 'actor_opt')}
+    agent = {name: {'w': torch.ones(2), 'large': torch.ones(300, 300)}
+             for name in ('encoder', 'actor', 'critic', 'actor_opt')}
     utils.save_snapshot(tmp_path / 'run.pt', 'expert', 'reacher_hard',
                         {'agent': agent, 'agent_args': {'obs_shape': [6]}, 'made_by': {},
                          'global_step': 5})
     utils.slim(tmp_path / 'run.pt', tmp_path / 'slim.pt')
     slim = utils.load_snapshot(tmp_path / 'slim.pt', 'expert', 'reacher_hard')
     assert slim['agent'].keys() == {'encoder', 'actor'}
+    assert slim['agent']['actor']['w'].dtype == torch.float32
+    assert slim['agent']['actor']['large'].dtype == torch.float16
     assert slim['agent_args'] == {'obs_shape': [6]}
     assert slim['command'] == 'train.py seed=2'
 
@@ -115,6 +121,8 @@ def test_device():
 @pytest.mark.parametrize('overrides, words', [
     (['task=reacher_hrad'], ['reacher_hrad', 'reacher_hard']),
     (['task=reacher_hard', 'num_train_frames=0'], ['num_train_frames=0']),
+    (['task=reacher_hard', 'num_train_frames=many'], ['num_train_frames=many', 'set num']),
+    (['task=reacher_hard', 'seed=-1'], ['seed=-1']),
     (['task=reacher_hard', 'obs=sounds'], ['obs=sounds', 'states']),
 ])
 def test_scripts_end_with_one_sentence_and_code_2(tmp_path, overrides, words):
