@@ -160,6 +160,9 @@ def test_the_report_says_how_it_compares(cfg, model, tmp_path):
     result = workspace.last_eval
     assert result['expert_return'] == 5.0
     assert f"| return, imitator | {result['task_return']:.1f} |" in text
+    low, high = result['random_return'], result['expert_return']
+    score = (result['task_return'] - low) / (high - low)
+    assert f'| (imitator - random) / (expert - random) | {score:.2f} |' in text
 
 
 def test_only_evaluation_logs_the_task_return(cfg, model, tmp_path):
