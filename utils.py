@@ -95,7 +95,8 @@ def machine() -> str:
     """What computes here, e.g. 'CPU, 2 threads' or the name of a GPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.get_device_name()
-    return f'CPU, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def pick_device(name: str) -> torch.device:
