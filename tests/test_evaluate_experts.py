@@ -33,4 +33,5 @@ def test_a_shipped_expert_is_one(path):
     [row] = [row for row in (path.parent / 'README.md').read_text().splitlines()
              if row.startswith(f'| {path.stem} |')]
     if evaluate_experts.MISSED not in row:
-        assert expert.mean() >= evaluate_experts.BARS.get(path.stem, 0)
+        # which is that of 20 episodes
+        assert expert.mean() > 0.95 * evaluate_experts.BARS.get(path.stem, 0)
