@@ -117,11 +117,12 @@ def main():
     text = ('# Trained experts\n\n'
             'Made by `python benchmarks/evaluate_experts.py`: return over '
             f'{num_episodes} episodes of 1000 frames, mean ± standard deviation, of the '
-            'deterministic policy. "bar" is what it should reach. DrQ-v2 learns from pixels: its '
-            'figures are means over the seeds of its published curves, at the same number of '
-            'frames and at their end. Of snapshots from before machine and command were kept, the '
-            'first is blank and the second put together from task, obs and seed. "sha256" is the '
-            'beginning of it.\n\n'
+            'deterministic policy. "bar" is what it should reach; "frames" is how far the run had '
+            'come, whether or not it was to go on. DrQ-v2 learns from pixels: its figures are '
+            'means over the seeds of its published curves, at the same number of frames and at '
+            'their end. Of snapshots from before machine and command were kept, the first is blank '
+            'and the second put together from task, obs and seed. "sha256" is the beginning of '
+            'it.\n\n'
             f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n" + '\n'.join(lines) + '\n')
     with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
         tmp.write_text(text)
