@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
+import dmc
 import utils
 import video
 from ct_model import ContextTranslator, moving, to_uint8
@@ -221,6 +222,10 @@ def train(cfg, work_dir: Path):
     model_args = {**OmegaConf.to_container(cfg.model), 'im_size': clips.meta['im_size']}
     model = ContextTranslator(**model_args).to(device)
     valid_clips = video.Clips(root / 'valid', cfg.task_name, model.im_size)
+    for each in (clips, valid_clips):
+        dmc.require_same_pictures(
+            each.root, each.meta['versions'], each.meta['quality'], dmc.CONTEXT_QUALITY,
+            f'remove it, and python generate_expert_video.py task={cfg.task_name}')
     examination = Examination(valid_clips, clips, cfg.pairs, cfg.num_eval_clips, device)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == 'bf16')

@@ -83,8 +83,8 @@ def work_dir() -> Path:
 
 
 def command() -> str:
-    """What the running script was started with, e.g. 'train.py task=reacher_hard obs=states'; ''
-    outside one."""
+    """What the running script was started, or last resumed, with, e.g. 'train.py task=reacher_hard
+    obs=states'; '' outside one."""
     if not HydraConfig.initialized():
         return ''
     started = HydraConfig.get()
@@ -92,7 +92,7 @@ def command() -> str:
 
 
 def machine() -> str:
-    """What computes here, e.g. 'CPU, 2 threads' or the name of a GPU."""
+    """What computes here: the name of a GPU, or 'CPU, 2 threads', those of one operation."""
     if torch.cuda.is_initialized():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -113,8 +113,8 @@ def pick_device(name: str) -> torch.device:
 def require_at_least(cfg, minimum: int, *keys: str):
     """Raises: UserError naming the first of the config's `keys` that lies below `minimum`."""
     for key in keys:
-        if not isinstance(cfg[key], int | float) or cfg[key] < minimum:
-            raise UserError(f'{key}={cfg[key]} is no number of at least {minimum}: set '
+        if type(cfg[key]) is not int or cfg[key] < minimum:
+            raise UserError(f'{key}={cfg[key]} is no whole number of at least {minimum}: set '
                             f'{key}={minimum} or more.')
 
 
@@ -216,10 +216,12 @@ def schedule(spec: str | float, step: int) -> float:
         match = re.fullmatch(r'linear\((.+)\)', str(spec).replace(' ', ''))
     try:
         start, end, duration = map(float, match[1].split(','))
-        mix = min(max(step / duration, 0.0), 1.0)
-    except (TypeError, ValueError, ZeroDivisionError):
+        if not duration > 0:
+            raise ValueError
+    except (TypeError, ValueError):
         raise UserError(f"schedule '{spec}' is neither a number nor 'linear(start,end,duration)', "
                         'of numbers and with a duration above 0.') from None
+    mix = min(max(step / duration, 0.0), 1.0)
     return (1.0 - mix) * start + mix * end
 
 

@@ -19,7 +19,8 @@ def test_schedule():
     assert utils.schedule('0.2', 7) == utils.schedule(0.2, 7) == 0.2
     with pytest.raises(UserError, match='cosine'):
         utils.schedule('cosine(1)', 0)
-    for wrong in ('linear(1,x,5)', 'linear(1,2)', 'linear(1,0.1,0)', None):
+    for wrong in ('linear(1,x,5)', 'linear(1,2)', 'linear(1,0.1,0)', 'linear(1,0.1,-5)',
+                  'linear(1,0.1,nan)', None):
         with pytest.raises(UserError, match='linear'):
             utils.schedule(wrong, 0)
 
@@ -122,7 +123,7 @@ def test_device():
     (['task=reacher_hrad'], ['reacher_hrad', 'reacher_hard']),
     (['task=reacher_hard', 'num_train_frames=0'], ['num_train_frames=0']),
     (['task=reacher_hard', 'num_train_frames=many'], ['num_train_frames=many', 'set num']),
-    (['task=reacher_hard', 'seed=-1'], ['seed=-1']),
+    (['task=reacher_hard', 'seed=1.5'], ['seed=1.5', 'whole']),
     (['task=reacher_hard', 'obs=sounds'], ['obs=sounds', 'states']),
 ])
 def test_scripts_end_with_one_sentence_and_code_2(tmp_path, overrides, words):
