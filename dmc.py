@@ -71,6 +71,12 @@ def require_same_pictures(source, versions: dict, quality: list | None, wanted: 
                             f'otherwise than {here}: {mend}.')
 
 
+def require_same_videos(root, meta: dict):
+    """The same of demonstrations: `meta` is `video.Clips.meta`."""
+    require_same_pictures(root, meta['versions'], meta['quality'], CONTEXT_QUALITY,
+                          f"remove it, and python generate_expert_video.py task={meta['task']}")
+
+
 def task_names() -> list[str]:
     """Every task of the suite as domain_task."""
     return [f'{domain}_{task}' for domain, task in suite.ALL_TASKS]

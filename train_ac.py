@@ -187,8 +187,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     utils.set_precision(cfg.precision)
     device = utils.pick_device(cfg.device)
     retrain = f'python train_ct.py task={cfg.task_name}'
-    made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name,
-                               remedy=retrain)
+    made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name, remedy=retrain)
     dmc.require_same_pictures(cfg.snapshot, made['made_by']['videos'],
                               made['made_by'].get('quality'), dmc.CONTEXT_QUALITY, retrain)
     model = ContextTranslator(**made['model_args'])
@@ -209,10 +208,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                         f'the agent: python generate_expert_video.py task={cfg.task_name} '
                         'num_contexts=4 out_dir=<another folder>.')
     require_same_action_repeat(cfg, root, meta['action_repeat'])
-    refilm = f'remove it, and python generate_expert_video.py task={cfg.task_name}'
     for clips in (train_clips, valid_clips):
-        dmc.require_same_pictures(clips.root, clips.meta['versions'], clips.meta['quality'],
-                                  dmc.CONTEXT_QUALITY, refilm)
+        dmc.require_same_videos(clips.root, clips.meta)
     basis = None
     if utils.newest_snapshot(work_dir / 'snapshot.pt'):
         basis = utils.load_snapshot(work_dir / 'snapshot.pt', 'imitator', cfg.task_name,

@@ -223,9 +223,7 @@ def train(cfg, work_dir: Path):
     model = ContextTranslator(**model_args).to(device)
     valid_clips = video.Clips(root / 'valid', cfg.task_name, model.im_size)
     for each in (clips, valid_clips):
-        dmc.require_same_pictures(
-            each.root, each.meta['versions'], each.meta['quality'], dmc.CONTEXT_QUALITY,
-            f'remove it, and python generate_expert_video.py task={cfg.task_name}')
+        dmc.require_same_videos(each.root, each.meta)
     examination = Examination(valid_clips, clips, cfg.pairs, cfg.num_eval_clips, device)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == 'bf16')

@@ -96,8 +96,9 @@ def test_a_seed_names_an_episode():
         assert not np.array_equal(one.observation, two.observation)
 
 
-@pytest.mark.parametrize('task', ['reacher_hard', 'cup_catch', 'walker_walk', 'finger_spin'])
-def test_camera_shows_what_the_suite_shows(task):
+@pytest.mark.parametrize('task, bound', [('reacher_hard', 0.1), ('cup_catch', 0.1),
+                                         ('walker_walk', 0.1), ('finger_spin', 0.15)])
+def test_camera_shows_what_the_suite_shows(task, bound):
     env, suite = dmc.make(task, obs='states'), dmc.make(task, obs='states')
     for each in (env, suite):
         each.reset(episode_seed=3)
@@ -105,7 +106,7 @@ def test_camera_shows_what_the_suite_shows(task):
             each.step(each.action_spec().generate_value())
     theirs = plain.render(suite.physics, 84, 0).astype(int)  # first: see bench.difference
     ours = env.render(84).astype(int)
-    assert abs(ours - theirs).mean() < 0.15  # of 255: shadows and spheres are coarser
+    assert abs(ours - theirs).mean() < bound  # of 255: shadows and spheres are coarser
     plain.render(suite.physics, 84, 0)
     assert np.array_equal(ours, env.render(84))  # also when another renderer was at work between
 
