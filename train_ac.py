@@ -110,18 +110,22 @@ class DemoTranslator:
         return to_uint8(images.unflatten(0, self._z3.shape[1:3]).mean(0)).cpu().numpy()
 
 
-def require_same_action_repeat(cfg, source: str | Path, action_repeat: int):
-    """Raises: UserError where the agent would not act as often as the expert of `source`."""
-    if action_repeat != cfg.action_repeat:
+def act_as_often(cfg, source: str | Path, action_repeat: int):
+    """Set action_repeat to that of the expert behind `source`.
+
+    Raises: UserError where the settings say otherwise.
+    """
+    if cfg.action_repeat not in (None, action_repeat):
         raise UserError(f'the expert behind {source} repeats its actions {action_repeat} times, '
-                        f'not {cfg.action_repeat}: set action_repeat={action_repeat}.')
+                        f'not {cfg.action_repeat}: leave action_repeat out.')
+    cfg.action_repeat = action_repeat
 
 
 def film_demonstrations(cfg, im_size: int):
     """Let the expert film what is to be imitated; it goes on where it was interrupted."""
     expert = utils.load_snapshot(cfg.expert, 'expert', cfg.task_name,
                                  remedy=f'python train.py task={cfg.task_name}')
-    require_same_action_repeat(cfg, cfg.expert, expert['made_by']['env_args']['action_repeat'])
+    act_as_often(cfg, cfg.expert, expert['made_by']['env_args']['action_repeat'])
     command = [sys.executable, str(Path(__file__).parent / 'generate_expert_video.py'),
                f'task={cfg.task_name}', f'snapshot={cfg.expert}', f'out_dir={cfg.data_dir}',
                f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}',
@@ -207,7 +211,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
         raise UserError(f'{root} shows each episode in one context only; one more is needed for '
                         f'the agent: python generate_expert_video.py task={cfg.task_name} '
                         'num_contexts=4 out_dir=<another folder>.')
-    require_same_action_repeat(cfg, root, meta['action_repeat'])
+    act_as_often(cfg, root, meta['action_repeat'])
     for clips in (train_clips, valid_clips):
         dmc.require_same_videos(clips.root, clips.meta)
     basis = None

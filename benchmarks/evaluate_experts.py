@@ -50,13 +50,14 @@ def evaluate(path: Path, num_episodes: int) -> tuple[np.ndarray, np.ndarray]:
     return expert, play(env, lambda _: rng.uniform(-1, 1, shape), num_episodes)
 
 
-def film(path: Path, num_steps: int = 100, im_size: int = 128) -> np.ndarray:
-    """The start of the first episode, every other step: uint8 (num_steps / 2, H, W, 3)."""
+def film(path: Path, num_images: int = 50, im_size: int = 128) -> np.ndarray:
+    """The start of the first episode, every fourth frame: uint8 (num_images, H, W, 3)."""
     agent, env_args = load_expert(path, path.stem)
     env, frames = dmc.make(path.stem, **env_args), []
     time_step = env.reset(episode_seed=utils.derive_seed(SEED, EVAL, 0))
-    for step in range(num_steps):
-        if step % 2 == 0:
+    every = max(1, 4 // env_args['action_repeat'])
+    for step in range(num_images * every):
+        if step % every == 0:
             frames.append(env.render(im_size))
         time_step = env.step(agent.act(time_step.observation, 0, eval_mode=True))
     return np.stack(frames)
@@ -118,11 +119,11 @@ def main():
             'Made by `python benchmarks/evaluate_experts.py`: return over '
             f'{num_episodes} episodes of 1000 frames, mean ± standard deviation, of the '
             'deterministic policy. "bar" is what it should reach; "frames" is how far the run had '
-            'come, whether or not it was to go on. DrQ-v2 learns from pixels: its figures are '
-            'means over the seeds of its published curves, at the same number of frames and at '
-            'their end. Of snapshots from before machine and command were kept, the first is blank '
-            'and the second put together from task, obs and seed. "sha256" is the beginning of '
-            'it.\n\n'
+            'come, whether or not it was to go on. DrQ-v2 learns from pixels, with '
+            'action_repeat=2: its figures are means over the seeds of its published curves, at the '
+            'same number of frames and at their end. Of snapshots from before machine and command '
+            'were kept, the first is blank and the second put together from task, obs and seed. '
+            '"sha256" is the beginning of it.\n\n'
             f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n" + '\n'.join(lines) + '\n')
     with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
         tmp.write_text(text)

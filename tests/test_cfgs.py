@@ -74,6 +74,7 @@ def test_the_papers_hyperparameters():
 def test_what_the_task_file_says_of_the_expert_is_not_said_of_the_imitator():
     cfg = cfg_of('train_ac', 'task=humanoid_run')
     assert cfg.num_train_frames < 1_000_000 and cfg.lr != 8e-5
+    assert cfg.action_repeat is None  # until it is known which expert is imitated
     assert cfg_of('train', 'task=reacher_hard', 'obs=states').agent.feature_dim is None
 
 

@@ -186,6 +186,16 @@ def test_budgets_below_one_are_refused(key):
         train.check_settings(OmegaConf.merge(CFG, {key: 0}))
 
 
+def test_actions_that_last_no_frame_are_refused(tmp_path):
+    with pytest.raises(UserError, match='action_repeat=0'):
+        train.make_workspace(OmegaConf.merge(CFG, {'action_repeat': 0}), tmp_path)
+
+
+def test_less_than_one_step_is_refused(tmp_path):
+    with pytest.raises(UserError, match='num_train_frames=1 is not even one step of 2 frames'):
+        make(tmp_path, pixels=False, num_train_frames=1)
+
+
 def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     command = [sys.executable, ROOT / 'train.py', 'task=reacher_easy', 'obs=states', 'use_tb=false',
                'num_train_frames=6000', 'num_seed_frames=1000', 'snapshot_every_frames=2000',

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -97,10 +99,10 @@ def cfg(data_dir):
     with initialize_config_dir(str(CFGS), version_base='1.3'):
         return compose('train_ac', [
             f'data_dir={data_dir}', 'device=cpu', 'use_tb=false', 'save_video=false',
-            'num_train_frames=160', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
-            'num_eval_episodes=2', 'log_every_frames=8', 'snapshot_every_frames=48',
-            'lookahead=[1,2]', 'z_dim=4', 'agent.num_expl_steps=10', 'w_img=0.5', 'relabel=0',
-            'stddev_schedule=1.0'])
+            'action_repeat=2', 'num_train_frames=160', 'num_seed_frames=20', 'batch_size=8',
+            'eval_every_frames=64', 'num_eval_episodes=2', 'log_every_frames=8',
+            'snapshot_every_frames=48', 'lookahead=[1,2]', 'z_dim=4', 'agent.num_expl_steps=10',
+            'w_img=0.5', 'relabel=0', 'stddev_schedule=1.0'])
 
 
 def make_env(cfg, model, split):
@@ -243,7 +245,31 @@ def test_a_translator_of_other_pictures_or_too_few_features_is_refused(cfg, ship
         train_ac.make_workspace(cfg, tmp_path)
 
 
-def test_an_agent_acts_as_often_as_the_expert_did(cfg, shipped, tmp_path):
+def test_an_agent_acts_as_often_as_the_expert_did(data_dir, cfg, shipped, tmp_path):
     cfg.action_repeat = 4
-    with pytest.raises(UserError, match='set action_repeat=2'):
+    with pytest.raises(UserError, match='2 times, not 4: leave action_repeat out'):
         train_ac.make_workspace(cfg, tmp_path)
+    for split in ('train', 'valid'):
+        path = data_dir / split / 'meta.json'
+        video.write_json(path, video.read_json(path) | {'action_repeat': 3})
+    cfg.action_repeat = None
+    workspace = train_ac.make_workspace(cfg, tmp_path)
+    assert workspace.num_train_steps == cfg.num_train_frames // 3
+    assert workspace.made_by['action_repeat'] == 3
+
+
+def test_before_there_are_videos_it_asks_the_expert_how_often(cfg, shipped, tmp_path, monkeypatch):
+    cfg.data_dir, cfg.expert, commands = str(tmp_path / 'none'), str(tmp_path / 'expert.pt'), []
+    utils.save_snapshot(cfg.expert, 'expert', cfg.task_name,
+                        {'made_by': {'env_args': {'action_repeat': 1}}})
+    def run(command, check):
+        commands.append(command)
+        return SimpleNamespace(returncode=3)
+    monkeypatch.setattr(train_ac.subprocess, 'run', run)
+    with pytest.raises(UserError, match='1 times, not 2: leave action_repeat out'):
+        train_ac.make_workspace(cfg, tmp_path)
+    assert not commands
+    cfg.action_repeat = None
+    with pytest.raises(SystemExit, match='3'):  # filming that fails has said why
+        train_ac.make_workspace(cfg, tmp_path)
+    assert cfg.action_repeat == 1 and f'snapshot={cfg.expert}' in commands[0]
