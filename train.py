@@ -32,6 +32,14 @@ def check_settings(cfg):
     utils.require_at_least(cfg, 2, 'replay_buffer_size')  # one transition
 
 
+def check_action_repeat(cfg):
+    """Apart from the rest, as the imitator's is known later. Raises: UserError."""
+    utils.require_at_least(cfg, 1, 'action_repeat')
+    if cfg.num_train_frames < cfg.action_repeat:
+        raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
+                        f'{cfg.action_repeat} frames: set it higher.')
+
+
 class Workspace:
     """One run in one folder, which goes on from its last snapshot when started again there."""
 
@@ -46,10 +54,6 @@ class Workspace:
           overlap: update in a thread beside the environment's step, with a core each. For steps
             that take about as long and need Python little, else the two are in each other's way.
         """
-        self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
-        if not self.num_train_steps:
-            raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
-                            f'{cfg.action_repeat} frames: set it higher.')
         self.cfg, self.work_dir, self.kind = cfg, work_dir, kind
         self.train_env, self.eval_env = train_env, eval_env
         self.agent_args = agent_args
@@ -73,6 +77,7 @@ class Workspace:
         self.overlap = overlap
         if overlap:
             torch.set_num_threads(1)
+        self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
         # In rows. An episode has one more than steps: at worst, if it has one step, twice as many.
         between = min(cfg.snapshot_every_frames, cfg.num_train_frames) // cfg.action_repeat
         slack = 2 * (between + LONGEST_EPISODE)
@@ -249,7 +254,7 @@ def env_args(cfg) -> dict:
 
 def make_workspace(cfg, work_dir: Path) -> Workspace:
     check_settings(cfg)
-    utils.require_at_least(cfg, 1, 'action_repeat')
+    check_action_repeat(cfg)
     train_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     eval_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     if cfg.obs == 'pixels' or cfg.save_video:

@@ -16,7 +16,7 @@ import utils
 import video
 from ac_agent import ACAgent
 from ct_model import ContextTranslator, to_uint8
-from train import Workspace, check_settings
+from train import Workspace, check_action_repeat, check_settings
 from utils import UserError
 
 
@@ -113,12 +113,13 @@ class DemoTranslator:
 def act_as_often(cfg, source: str | Path, action_repeat: int):
     """Set action_repeat to that of the expert behind `source`.
 
-    Raises: UserError where the settings say otherwise.
+    Raises: UserError where the settings say otherwise, or are for less than one action.
     """
     if cfg.action_repeat not in (None, action_repeat):
         raise UserError(f'the expert behind {source} repeats its actions {action_repeat} times, '
                         f'not {cfg.action_repeat}: leave action_repeat out.')
     cfg.action_repeat = action_repeat
+    check_action_repeat(cfg)
 
 
 def film_demonstrations(cfg, im_size: int):

@@ -193,7 +193,7 @@ def test_actions_that_last_no_frame_are_refused(tmp_path):
 
 def test_less_than_one_step_is_refused(tmp_path):
     with pytest.raises(UserError, match='num_train_frames=1 is not even one step of 2 frames'):
-        make(tmp_path, pixels=False, num_train_frames=1)
+        train.make_workspace(OmegaConf.merge(CFG, {'num_train_frames': 1}), tmp_path)
 
 
 def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):

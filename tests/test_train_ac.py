@@ -260,16 +260,23 @@ def test_an_agent_acts_as_often_as_the_expert_did(data_dir, cfg, shipped, tmp_pa
 
 def test_before_there_are_videos_it_asks_the_expert_how_often(cfg, shipped, tmp_path, monkeypatch):
     cfg.data_dir, cfg.expert, commands = str(tmp_path / 'none'), str(tmp_path / 'expert.pt'), []
-    utils.save_snapshot(cfg.expert, 'expert', cfg.task_name,
-                        {'made_by': {'env_args': {'action_repeat': 1}}})
+    def save_expert(action_repeat):
+        utils.save_snapshot(cfg.expert, 'expert', cfg.task_name,
+                            {'made_by': {'env_args': {'action_repeat': action_repeat}}})
     def run(command, check):
         commands.append(command)
         return SimpleNamespace(returncode=3)
     monkeypatch.setattr(train_ac.subprocess, 'run', run)
+    save_expert(1)
     with pytest.raises(UserError, match='1 times, not 2: leave action_repeat out'):
+        train_ac.make_workspace(cfg, tmp_path)
+    cfg.action_repeat = None
+    save_expert(161)
+    with pytest.raises(UserError, match='num_train_frames=160 is not even one step of 161'):
         train_ac.make_workspace(cfg, tmp_path)
     assert not commands
     cfg.action_repeat = None
+    save_expert(1)
     with pytest.raises(SystemExit, match='3'):  # filming that fails has said why
         train_ac.make_workspace(cfg, tmp_path)
     assert cfg.action_repeat == 1 and f'snapshot={cfg.expert}' in commands[0]
