@@ -1,7 +1,8 @@
 """How good the shipped experts are: python benchmarks/evaluate_experts.py [--episodes 20]
 
-Plays each experts/<task>.pt and a random policy; over 20 episodes or more, it writes
-experts/README.md and demo/expert/<task>.gif as well.
+Plays each experts/<task>.pt and a random policy, and what stands in experts/states/, the experts
+from states that others from pixels replaced; over 20 episodes or more, it writes experts/README.md
+and demo/expert/<task>.gif as well.
 """
 import argparse
 import sys
@@ -26,6 +27,11 @@ BARS = {'reacher_hard': 920, 'finger_spin': 850, 'finger_turn_easy': 900, 'walke
         'hopper_stand': 850, 'walker_run': 550}
 MISSED = '(not reached)'
 SEED = 2026  # of episodes that no training run was judged by
+
+
+def shipped() -> list[Path]:
+    """All weights under experts/, by task; where there are two, those to be used come first."""
+    return sorted((ROOT / 'experts').rglob('*.pt'), key=lambda path: (path.stem, len(path.parts)))
 
 
 def play(env, act, num_episodes: int) -> np.ndarray:
@@ -111,8 +117,7 @@ def main():
         parser.error('--episodes is at least 1')
     names = ['task', 'obs', 'frames', 'time', 'machine', 'return', 'bar', 'random',
              'DrQ-v2, same frames', 'DrQ-v2, end', 'command', 'versions', 'sha256']
-    paths = sorted((ROOT / 'experts').glob('*.pt'))
-    lines = [line(path, num_episodes) for path in paths]
+    lines = [line(path, num_episodes) for path in shipped()]
     if num_episodes < 20:
         return
     text = ('# Trained experts\n\n'
@@ -123,11 +128,12 @@ def main():
             'action_repeat=2: its figures are means over the seeds of its published curves, at the '
             'same number of frames and at their end. Of snapshots from before machine and command '
             'were kept, the first is blank and the second put together from task, obs and seed. '
-            '"sha256" is the beginning of it.\n\n'
+            '"sha256" is the beginning of it. Where a task has two, the expert from pixels is '
+            'experts/<task>.pt, and the one from states that it replaced is in experts/states/.\n\n'
             f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n" + '\n'.join(lines) + '\n')
     with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
         tmp.write_text(text)
-    for path in paths:
+    for path in (ROOT / 'experts').glob('*.pt'):
         video.save(ROOT / f'demo/expert/{path.stem}.gif', film(path), fps=15)
 
 

@@ -1,13 +1,9 @@
 """What is shipped does what is said of it; benchmarks/evaluate_experts.py looks closer."""
-from pathlib import Path
-
 import evaluate_experts
 import pytest
 
 import dmc
 import utils
-
-SHIPPED = sorted((Path(__file__).parent.parent / 'experts').glob('*.pt'))
 
 
 def test_every_policy_meets_the_same_episodes():
@@ -24,14 +20,15 @@ def test_official_figures_are_those_of_the_nearest_frames():
     assert evaluate_experts.official('fish_swim', 100) == ('', '')
 
 
-@pytest.mark.parametrize('path', SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', evaluate_experts.shipped(), ids=lambda path: path.stem)
 def test_a_shipped_expert_is_one(path):
     assert path.stat().st_size < 8e6
-    assert 'agent' in utils.load_snapshot(path, 'expert', path.stem)
+    made = utils.load_snapshot(path, 'expert', path.stem)
     expert, rand = evaluate_experts.evaluate(path, num_episodes=2)
     bar = evaluate_experts.BARS[path.stem]
     assert expert.mean() > 0.8 * bar > rand.mean()
-    [row] = [row for row in (path.parent / 'README.md').read_text().splitlines()
-             if row.startswith(f'| {path.stem} |')]
+    table = (evaluate_experts.ROOT / 'experts/README.md').read_text()
+    [row] = [row for row in table.splitlines()
+             if row.startswith(f"| {path.stem} | {made['made_by']['env_args']['obs']} |")]
     if evaluate_experts.MISSED not in row:
         assert expert.mean() > 0.95 * bar  # which is that of 20 episodes
