@@ -73,16 +73,18 @@ def published(task: str) -> np.ndarray:
     """DrQ-v2's curve, with fields frame, mean, sd, seeds; empty for a task that it leaves out."""
     curves = np.genfromtxt(ROOT / 'benchmarks/drqv2_curves.csv', delimiter=',', names=True,
                            dtype=None, encoding='utf8')
-    return curves[curves['task'] == task]
+    return np.sort(curves[curves['task'] == task], order='frame')
 
 
 def official(task: str, frames: int) -> tuple[str, str]:
-    """DrQ-v2's mean return over its seeds, at `frames` and at the end of its published curve."""
+    """DrQ-v2's mean return over its seeds, at `frames` (between two points that are published, on
+    the line that joins them) and at the end of its curve."""
     curve = published(task)
     if not len(curve):
         return '', ''
-    there, end = curve[abs(curve['frame'] - frames).argmin()], curve[curve['frame'].argmax()]
-    return f"{there['mean']:.0f}", f"{end['mean']:.0f} at {end['frame'] / 1e6:.1f}M"
+    end = curve[-1]
+    return (f"{np.interp(frames, curve['frame'], curve['mean']):.0f}",
+            f"{end['mean']:.0f} at {end['frame'] / 1e6:.1f}M")
 
 
 def line(path: Path, num_episodes: int) -> str:
@@ -104,8 +106,8 @@ def line(path: Path, num_episodes: int) -> str:
              f"`{made.get('command') or default}`",
              ', '.join(f'{name} {version}' for name, version in made['versions'].items()),
              f'`{utils.sha256(path)[:16]}`']
-    print(f'{path.stem}: {expert.mean():.1f} +- {expert.std():.1f}, lowest {expert.min():.0f}; '
-          f'random {rand.mean():.1f}', flush=True)
+    print(f"{path.stem} from {env_args['obs']}: {expert.mean():.1f} +- {expert.std():.1f}, "
+          f'lowest {expert.min():.0f}; random {rand.mean():.1f}', flush=True)
     return f"| {' | '.join(cells)} |"
 
 
@@ -129,7 +131,8 @@ def main():
             'same number of frames and at their end. Of snapshots from before machine and command '
             'were kept, the first is blank and the second put together from task, obs and seed. '
             '"sha256" is the beginning of it. Where a task has two, the expert from pixels is '
-            'experts/<task>.pt, and the one from states that it replaced is in experts/states/.\n\n'
+            '`experts/<task>.pt`, and the one from states that it replaced is in '
+            '`experts/states/`.\n\n'
             f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n" + '\n'.join(lines) + '\n')
     with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
         tmp.write_text(text)
