@@ -130,8 +130,8 @@ def main():
             'action_repeat=2: its figures are means over the seeds of its published curves, at the '
             'same number of frames and at their end. Of snapshots from before machine and command '
             'were kept, the first is blank and the second put together from task, obs and seed. '
-            '"sha256" is the beginning of it. Where a task has two, the expert from pixels is '
-            '`experts/<task>.pt`, and the one from states that it replaced is in '
+            '"sha256" is the first 16 digits of the file\'s. Where a task has two, the expert from '
+            'pixels is `experts/<task>.pt`, and the one from states that it replaced is in '
             '`experts/states/`.\n\n'
             f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n" + '\n'.join(lines) + '\n')
     with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
