@@ -1,66 +1,445 @@
-"""The imitator: DrQ-v2's actor-critic on the features of a context translator."""
+"""The imitator, whole: its observation, reward, environment, demonstrations and agent.
+
+Imitation is an ordinary RL problem here, so that train.py's loop serves it: track what a
+demonstration, translated into the agent's surroundings, would look like.
+"""
+from collections import deque
+from typing import NamedTuple
+
+import dm_env
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from dm_env import specs
 
+import dmc
+import video
+from ct_model import ContextTranslator, mlp, to_uint8
 from drqv2 import DrQV2Agent
 
 
+class Layout(NamedTuple):
+    """Joins and splits the imitator's observation, float32 (..., size).
+
+    Features of the last frames, newest first; the targets' features so many steps ahead, the last
+    one standing in for those beyond the end; the share of the horizon that is left, in [0, 1].
+    """
+
+    feature_dim: int
+    num_frames: int
+    lookahead: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return self.feature_dim * (self.num_frames + len(self.lookahead)) + 1
+
+    def join(self, features: torch.Tensor, targets: torch.Tensor, left: torch.Tensor
+             ) -> torch.Tensor:
+        """(..., num_frames, D), (..., len(lookahead), D), (..., 1) -> (..., size)."""
+        return torch.cat([features.flatten(-2), targets.flatten(-2), left], dim=-1)
+
+    def split(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The inverse of `join`; what it returns are views."""
+        seen = self.feature_dim * self.num_frames
+        return (obs[..., :seen].unflatten(-1, (self.num_frames, self.feature_dim)),
+                obs[..., seen:-1].unflatten(-1, (len(self.lookahead), self.feature_dim)),
+                obs[..., -1:])
+
+    def targets(self, demo: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Demonstrations (..., T+1, D), seen from `steps` (...) -> targets (..., L, D)."""
+        ahead = steps[..., None] + torch.tensor(self.lookahead, dtype=torch.long,
+                                                device=steps.device)
+        ahead = ahead.clamp(0, demo.shape[-2] - 1)
+        return demo.gather(-2, ahead[..., None].expand(*ahead.shape, self.feature_dim))
+
+
+class Reward(NamedTuple):
+    """How a distance to the target is rewarded; used by the environment and by relabelling.
+
+    With `scale` s it is (t/T)^time_power * exp(-d / s), in [0, 1]: beyond a few s, far is just far
+    (Peng et al. 2018, section 5). Without one it is -(t/T)^time_power * d (Liu et al. 2017, section
+    V, where time_power is 2).
+    """
+
+    scale: float | None = 0.1
+    time_power: float = 0.0
+
+    def __call__(self, distance: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """distance >= 0, a mean over elements in units of their variance; time t/T in (0, 1]."""
+        worth = -distance if self.scale is None else torch.exp(-distance / self.scale)
+        return time ** self.time_power * worth
+
+
+class Translation(NamedTuple):
+    """A demonstration in another context: features (T+1, D) float32; images uint8 (T+1, H, W, 3),
+    where they were asked for."""
+
+    features: torch.Tensor
+    images: np.ndarray | None
+
+
+class Demonstrations:
+    """Videos, and the translator at work on them; each is encoded once, when first needed.
+
+    Features have zero mean and unit variance. A translator's code is the same in every context, so
+    a source's codes are already the target's. The paper's wide features go through T, and are all
+    brought to one scale.
+    """
+
+    def __init__(self, model: ContextTranslator, clips: video.Clips,
+                 scale: tuple[list, float] | None = None):
+        """
+        Args:
+          scale: another object's `scale`, so that both give the same features.
+        """
+        self._model, self.clips, self._encoded = model, clips, {}
+        self._device = next(model.parameters()).device
+        self.feature_dim = model.feature_dim
+        self.scale = scale or self._find_scale()
+        self._mean = torch.tensor(self.scale[0], device=self._device)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def _find_scale(self, num_episodes: int = 50) -> tuple[list, float]:
+        """-> the mean of features, in plain numbers, and their standard deviation."""
+        if self._model.code:  # has the scale of its own normalisation
+            return [0.0] * self.feature_dim, 1.0
+        z = torch.cat([self._encode(i).flatten(0, 1).float()
+                       for i in range(min(len(self), num_episodes))])
+        return z.mean(0).tolist(), float(z.var(0).mean().sqrt())
+
+    def _features(self, z: torch.Tensor) -> torch.Tensor:
+        """z1 or z3 (..., Z) -> (..., D)."""
+        z = self._model.code(z) if self._model.code else z.float()
+        return (z - self._mean) / self.scale[1]
+
+    @torch.no_grad()
+    def _encode(self, i: int) -> torch.Tensor:
+        """-> z1 (C, T+1, Z) of episode i."""
+        if i not in self._encoded:
+            frames = torch.from_numpy(np.array(self.clips.frames(i))).to(self._device)
+            self._encoded[i] = self._model.encode(frames)
+        return self._encoded[i]
+
+    @torch.no_grad()
+    def encode(self, frame: np.ndarray) -> torch.Tensor:
+        """uint8 (H, W, 3) -> float32 (D,)."""
+        frames = torch.from_numpy(frame).to(self._device)[None]
+        return self._features(self._model.encode(frames))[0].cpu()
+
+    @torch.no_grad()
+    def features(self) -> torch.Tensor:
+        """All episodes, the mean over their contexts: float32 (N, T+1, D)."""
+        return torch.stack([self._features(self._encode(i)).mean(0).cpu()
+                            for i in range(len(self))])
+
+    @torch.no_grad()
+    def translate(self, i: int, sources: list[int], first: np.ndarray, images: bool = False
+                  ) -> Translation:
+        """Demonstration i as it would go from `first` on: the mean over its source contexts.
+
+        Args:
+          first: uint8 (H, W, 3), the agent's first image.
+          images: whether to decode it as well, which takes most of the time.
+        """
+        z, decoded = self._encode(i)[sources], None                                # (n, T+1, Z)
+        shape, code = z.shape[:2], self._model.code
+        if code:
+            features = self._features(z)
+        if images or not code:
+            context = self._model.context(torch.from_numpy(first).to(self._device)[None])
+            # The n videos share the context: to the translator they are one clip of n (T+1) frames.
+            z = self._model.translate(z.flatten(0, 1)[None], context)         # (1, n (T+1), Z)
+            if not code:
+                features = self._features(z[0].unflatten(0, shape))
+        if images:
+            decoded = self._model.decode(z, context)[0].unflatten(0, shape)
+            decoded = to_uint8(decoded.mean(0)).cpu().numpy()
+        return Translation(features.mean(0).cpu(), decoded)
+
+    def image_variance(self) -> float:
+        """How much pixels in [0, 1] vary within a demonstration."""
+        return float(np.mean([np.var(np.array(self.clips.frames(i)[0]) / 255.0, axis=0).mean()
+                              for i in range(min(len(self), 20))]))
+
+
+class Imitation(dmc.Wrapper):
+    """Imitation as an environment: at reset a demonstrated episode is drawn, and one of the
+    contexts that it was filmed in becomes the agent's. The agent starts where the expert started.
+    The videos in the other contexts are translated into the agent's, from its first image on.
+
+    Observation: see `Layout`. Reward: see `Reward`; the distance is w_feature |z_t - z*_t|^2 +
+      w_img |o_t - o*_t|^2 of features and images, each a mean over elements in units of their
+      variance.
+    Horizon: the demonstration ends at step T, and with it the sum to be maximised: there is
+      nothing left to bootstrap from, so the discount of that step is 0. The clock is in the
+      observation, without which the value of a state would not be defined (Pardo et al. 2018).
+
+    The reward of the task itself is hidden. With `evaluate`, its sum stands in `episode_info`
+    beside the expert's and a random policy's in the same episode, and the translation's PSNR
+    beside that of the agent's first image.
+    """
+
+    def __init__(self, env, demos: Demonstrations, layout: Layout, reward: Reward, im_size: int,
+                 w_feature: float = 1.0, w_img: float = 0.0, evaluate: bool = False):
+        """
+        Args:
+          env: `dmc.load_suite(..., scenery)`, its actions repeated as the expert's were.
+        """
+        super().__init__(env)
+        self._demos, self._layout, self._reward_of = demos, layout, reward
+        self._im_size, self._w_feature, self._w_img = im_size, w_feature, w_img
+        self._evaluate, self._rng = evaluate, np.random.default_rng(0)
+        self._image_var = demos.image_variance() if w_img else None
+        self._horizon = demos.clips.frames(0).shape[1] - 1
+        self._ended = True
+        self._spec = specs.Array((layout.size,), np.float32, 'observation')
+
+    def observation_spec(self):
+        return self._spec
+
+    def reset(self, episode_seed: int | None = None):
+        """Draw a demonstration and a context: which ones is a pure function of the seed."""
+        rng = self._rng if episode_seed is None else np.random.default_rng(episode_seed)
+        i = int(rng.integers(len(self._demos)))
+        demo, clips = self._demos.clips.episode(i), self._demos.clips.frames(i)
+        own = int(rng.integers(len(clips)))
+        sources = [c for c in range(len(clips)) if c != own]
+        self.episode_info = {}
+        if self._evaluate:
+            random_return = self._random_return(demo['episode_seed'])
+        self._env.reset(episode_seed=demo['episode_seed'],
+                        context=np.asarray(demo['contexts'][own]))
+        self._frame = self._env.render(self._im_size)
+        self._translation = self._demos.translate(
+            i, sources, self._frame, images=bool(self._w_img or self._evaluate))
+        self._features = deque(maxlen=self._layout.num_frames)
+        self._features.extend([self._demos.encode(self._frame)] * self._layout.num_frames)
+        self._step, self._source, self._ended = 0, clips[sources[0]], False
+        if self._evaluate:
+            truth = clips[own]
+            self.episode_info = {
+                'task_return': 0.0, 'expert_return': demo['expert_return'],
+                'random_return': random_return,
+                'psnr_translation': video.psnr(video.mse(self._translation.images, truth)),
+                'psnr_copy_first': video.psnr(video.mse(truth[:1], truth))}
+        return dm_env.restart(self._observation())
+
+    def _random_return(self, episode_seed: int) -> float:
+        rng, total = np.random.default_rng(episode_seed), 0.0
+        self._env.reset(episode_seed=episode_seed)
+        for _ in range(self._horizon):
+            total += self._env.step(rng.uniform(-1, 1, self.action_spec().shape)).reward
+        return total
+
+    def step(self, action):
+        if self._ended:
+            return self.reset()
+        time_step = self._env.step(action)
+        self._step += 1
+        self._frame = self._env.render(self._im_size)
+        self._features.appendleft(self._demos.encode(self._frame))
+        if self._evaluate:
+            self.episode_info['task_return'] += time_step.reward
+        reward, observation = self._reward(), self._observation()
+        if self._step == self._horizon or time_step.last():
+            self._ended = True
+            return dm_env.termination(reward, observation)
+        return dm_env.transition(reward, observation)
+
+    def _reward(self) -> float:
+        target = self._translation.features[self._step]
+        distance = self._w_feature * (self._features[0] - target).square().mean()
+        if self._w_img:
+            distance += (self._w_img / self._image_var
+                         * video.mse(self._frame, self._translation.images[self._step]))
+        return float(self._reward_of(distance, torch.tensor(self._step / self._horizon)))
+
+    def _observation(self) -> np.ndarray:
+        targets = self._layout.targets(self._translation.features, torch.tensor(self._step))
+        left = torch.tensor([1 - self._step / self._horizon])
+        return self._layout.join(torch.stack(list(self._features)), targets, left).numpy()
+
+    def panels(self, im_size: int) -> dict[str, np.ndarray]:
+        """What a video of the episode shows side by side: caption -> uint8 (H, W, 3).
+
+        All are of the translator's size, whatever `im_size` is.
+        """
+        return {'expert, source context': self._source[self._step],
+                'translation': self._translation.images[self._step],
+                'imitator, target context': self._frame}
+
+
 class TrackingEncoder(nn.Module):
-    """`dmc.Imitation`'s observation, seen from the agent's present: (B, n) -> (B, n).
+    """The observation, seen from the agent's present: (B, n) -> (B, n).
 
     The newest features stay; the older ones become how they have moved since, and the targets what
     is still missing. Which way to go is then an input, not a small difference of large inputs.
     """
 
-    def __init__(self, obs_dim: int, z_dim: int):
+    def __init__(self, layout: Layout):
         super().__init__()
-        self.repr_dim, self._z_dim = obs_dim, z_dim
+        self.repr_dim, self._layout = layout.size, layout
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        now, others, left = obs.split(
-            [self._z_dim, self.repr_dim - self._z_dim - 1, 1], dim=1)
-        moved = others.unflatten(1, (-1, self._z_dim)) - now[:, None]  # (B, others, Z)
-        return torch.cat([now, moved.flatten(1), left], dim=1)
+        features, targets, left = self._layout.split(obs)
+        now = features[..., :1, :]
+        return self._layout.join(torch.cat([now, features[..., 1:, :] - now], dim=-2),
+                                 targets - now, left)
+
+
+class Play(NamedTuple):
+    """Episodes of the agent's own random actions: features (M, T+1, D), actions (M, T, A)."""
+
+    features: torch.Tensor
+    actions: torch.Tensor
 
 
 class ACAgent(DrQV2Agent):
-    """Learns as DrQ-v2 does, from `dmc.Imitation`'s observations; task rewards never reach it.
+    """Learns from demonstrations without actions and from its own steps; never from task rewards.
 
-    What a step is worth follows from the observation alone, and where the targets go does not
-    depend on what the agent does. So a step that was taken tells about every target, not only
-    those that stood there at the time. In the place of DrQ-v2's random shifts, transitions are
-    relabelled (Andrychowicz et al. 2017): a share of each batch gets its targets and clock, and so
-    its reward, from other transitions of it; another share gets as its targets what the agent
-    itself did next, as if the demonstration had shown just that, which is perfect imitation and
-    otherwise rare. There, what it did is also the action to take: the policy learns it as an
-    inverse model (Torabi et al. 2018), which shows it the way to targets whose distance is much the
-    same all around them.
+    An inverse model is fitted to what the agent's own actions did, in play and since. It says with
+    which actions the agent would do what a demonstration shows, and the actor clones these (Torabi
+    et al. 2018, BCO): as both go on while the agent acts, the inverse model comes to know what
+    happens where the demonstrations are. Beside this, DrQ-v2's critic learns how well targets are
+    tracked, and the actor climbs it (with `w_critic`).
+
+    Reward depends only on the observation, and targets not on actions, so the critic's transitions
+    can be relabelled (hindsight experience replay, Andrychowicz et al. 2017): a share of each batch
+    gets targets, clock and reward of other transitions; another share has as its targets what the
+    agent achieved itself.
     """
 
-    def __init__(self, obs_shape, action_dim: int, z_dim: int, num_frames: int,
-                 lookahead: list[int], relabel: float = 0.0, hindsight: float = 0.0,
-                 w_inverse: float = 0.0, w_feature: float = 1.0, time_power: float = 2.0,
-                 **drqv2_args):
+    NUM_AHEAD = 3  # frames after an action that the inverse model sees: a contact shows late
+
+    def __init__(self, obs_shape, action_dim: int, feature_dim_of_frame: int, num_frames: int,
+                 lookahead: list[int], reward_scale: float | None = 0.1, time_power: float = 0.0,
+                 w_feature: float = 1.0, w_critic: float = 1.0, w_clone: float = 0.0,
+                 max_shift: int = 0, num_pretrain_updates: int = 0, relabel: float = 0.0,
+                 hindsight: float = 0.0, demos: torch.Tensor | None = None,
+                 play: Play | None = None, **drqv2_args):
         """
         Args:
           obs_shape: (n,), of the flat observation.
-          z_dim, num_frames, lookahead, w_feature, time_power: as `dmc.Imitation` has them.
+          feature_dim_of_frame, num_frames, lookahead: see `Layout`.
+          reward_scale, time_power, w_feature: see `Reward`, `Imitation`.
+          w_critic, w_clone: of the critic's value and of cloning in the actor's loss; 0: without.
+          max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly.
+            The agent is seldom exactly on time.
+          num_pretrain_updates: cloning updates on play alone before the first of the others.
           relabel: the share of transitions that get targets of others. Above 0 it takes the target
-            of the next step first in `lookahead`.
-          hindsight: the share that get as targets what came of them. Both take transitions of one
-            step (nstep 1).
-          w_inverse: of the inverse model's squared error of actions, beside the critic's value.
-            Above 0 it takes hindsight.
+            of the next step first in `lookahead`, and 1-step returns; so does
+          hindsight: the share whose targets are what the agent achieved.
+          demos: float32 (N, T+1, D), to be cloned.
           drqv2_args: see `DrQV2Agent`.
         """
-        self._z_dim, self._seen, self._lookahead = z_dim, z_dim * num_frames, list(lookahead)
-        self._relabel, self._hindsight, self._w_inverse = relabel, hindsight, w_inverse
-        self._w_feature, self._time_power = w_feature, time_power
+        self._layout = Layout(feature_dim_of_frame, num_frames, tuple(lookahead))
+        self._reward, self._w_feature = Reward(reward_scale, time_power), w_feature
+        self._w_critic, self._w_clone, self._max_shift = w_critic, w_clone, max_shift
+        self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
+        self._relabel, self._hindsight = relabel, hindsight
         super().__init__(obs_shape, action_dim, **drqv2_args)
+        if w_clone:
+            in_dim = feature_dim_of_frame * (num_frames + self.NUM_AHEAD)
+            self.inverse = mlp(in_dim, self.hidden_dim, action_dim).to(self.device)
+            self.inverse_opt = torch.optim.Adam(self.inverse.parameters(), lr=self.lr, fused=True)
+            self._parts = (*self._parts, 'inverse', 'inverse_opt')
+            if demos is not None:
+                self._demos = demos.to(self.device)
+                self._play = Play(*(part.to(self.device) for part in play))
 
     def make_encoder(self, obs_shape: tuple[int, ...]) -> nn.Module:
-        return TrackingEncoder(obs_shape[0], self._z_dim)
+        return TrackingEncoder(self._layout)
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), 'num_updates': self._num_updates}
+
+    def load_state_dict(self, state: dict):
+        super().load_state_dict(state)
+        self._num_updates = state.get('num_updates', 0)
+
+    def update(self, replay_buffer, batch_size: int, step: int) -> dict[str, torch.Tensor]:
+        """One update of all parts in every `update_every_steps` steps; -> metrics."""
+        if step % self.update_every_steps:
+            return {}
+        metrics = {}
+        if self._w_clone:
+            if not self._num_updates:
+                for _ in range(self._num_pretrain_updates):
+                    self.update_inverse(None, batch_size)
+                    self.update_clone(batch_size)
+            metrics |= self.update_inverse(replay_buffer, batch_size)
+        self._num_updates += 1
+        if self._w_critic:
+            return metrics | super().update(replay_buffer, batch_size, step)
+        return metrics | self.update_clone(batch_size)
+
+    # ------------------------------------------------------------- inverse model and cloning
+
+    def _moments(self, episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, offsets
+                 ) -> torch.Tensor:
+        """Features of `episodes` (N, T+1, D), number i (B,), at steps (B,) + offsets (n,)
+        -> (B, n, D)."""
+        at = steps[:, None] + torch.tensor(offsets, device=steps.device)
+        return episodes[i[:, None], at.clamp(0, episodes.shape[1] - 1)]
+
+    def _infer_actions(self, history: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+        """Features (B, num_frames, D), newest first, and what came next (B, NUM_AHEAD, D)
+        -> the actions after the newest (B, A)."""
+        now = history[:, :1]
+        seen = torch.cat([now, history[:, 1:] - now, later - now], dim=1)
+        return self.inverse(seen.flatten(1)).tanh()
+
+    def _own_moments(self, replay_buffer, batch_size: int):
+        """-> history, later and action of `batch_size` of the agent's own steps, as many from play
+        as there are in all steps."""
+        num_play = self._play.actions.shape[0] * self._play.actions.shape[1]
+        num_own = len(replay_buffer) if replay_buffer is not None else 0
+        n = round(batch_size * num_play / (num_play + num_own))
+        past, ahead = range(0, -self._layout.num_frames, -1), range(1, self.NUM_AHEAD + 1)
+        i = torch.randint(len(self._play.features), (n,), device=self.device)
+        steps = torch.randint(self._play.actions.shape[1], (n,), device=self.device)
+        parts = [(self._moments(self._play.features, i, steps, list(past)),
+                  self._moments(self._play.features, i, steps, list(ahead)),
+                  self._play.actions[i, steps])]
+        if n < batch_size:
+            obs, action, _, _, _, *later = replay_buffer.sample(batch_size - n, ahead=tuple(ahead))
+            newest = [self._layout.split(each)[0][:, 0] for each in later]
+            parts.append((self._layout.split(obs)[0], torch.stack(newest, dim=1), action))
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    def update_inverse(self, replay_buffer, batch_size: int) -> dict[str, torch.Tensor]:
+        """Fit the inverse model to the agent's own steps."""
+        history, later, action = self._own_moments(replay_buffer, batch_size)
+        loss = action_loss(self._infer_actions(history, later), action)
+        self.inverse_opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.inverse_opt.step()
+        return {'inverse_loss': loss.detach()}
+
+    def clone_loss(self, batch_size: int) -> torch.Tensor:
+        """How far the actor is from what the inverse model reads out of demonstrations, 0-d."""
+        demos, layout = self._demos, self._layout
+        i = torch.randint(len(demos), (batch_size,), device=self.device)
+        steps = torch.randint(demos.shape[1] - 1, (batch_size,), device=self.device)
+        history = self._moments(demos, i, steps, list(range(0, -layout.num_frames, -1)))
+        with torch.no_grad():
+            later = self._moments(demos, i, steps, list(range(1, self.NUM_AHEAD + 1)))
+            label = self._infer_actions(history, later)
+        shift = torch.randint(-self._max_shift, self._max_shift + 1, (batch_size,),
+                              device=self.device)
+        targets = layout.targets(demos[i], steps + shift)
+        left = torch.rand(batch_size, 1, device=self.device)  # what to do is not the clock's to say
+        features = self.encoder(layout.join(history, targets, left))
+        return action_loss(self.actor(features, 0.0).mean, label)
+
+    def update_clone(self, batch_size: int) -> dict[str, torch.Tensor]:
+        """The actor alone, where there is no critic."""
+        return self.step_actor(self._w_clone * self.clone_loss(batch_size))
+
+    # --------------------------------------------------------------------------------- critic
 
     def _ends(self, batch_size: int) -> tuple[int, int]:
         """The first n of a batch are relabelled, those up to m seen in hindsight."""
@@ -70,30 +449,41 @@ class ACAgent(DrQV2Agent):
     def draw(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
         """-> obs (B, n), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, n), float32:
         the first relabelled, those after them in hindsight, see `_ends`."""
-        steps = sorted({step + more for step in self._lookahead for more in (0, 1)})
+        layout = self._layout
+        steps = sorted({step + more for step in layout.lookahead for more in (0, 1)})
         obs, action, reward, discount, next_obs, *later = replay_buffer.sample(
             batch_size, ahead=steps if self._hindsight else ())
-        seen, z_dim = self._seen, self._z_dim
         n, m = self._ends(batch_size)
         other = torch.randperm(n, device=obs.device)
         for x in (obs, next_obs):
-            x[:n, seen:] = x[other, seen:]
-        missing = obs[:n, seen:seen + z_dim] - next_obs[:n, :z_dim]
-        time = 1 - next_obs[:n, -1:]
-        reward[:n] = (-self._w_feature * time ** self._time_power
-                      * missing.square().mean(1, keepdim=True))
+            _, targets, left = layout.split(x)
+            targets[:n], left[:n] = targets[other], left[other]
         discount[:n] = discount[other]
 
         if later:
-            done = {step: x[n:m, :z_dim] for step, x in zip(steps, later, strict=True)}
-            obs[n:m, seen:-1] = torch.cat([done[step] for step in self._lookahead], dim=1)
-            next_obs[n:m, seen:-1] = torch.cat([done[step + 1] for step in self._lookahead], dim=1)
-            reward[n:m] = 0.0
+            achieved = {step: layout.split(x[n:m])[0][:, 0]
+                        for step, x in zip(steps, later, strict=True)}
+            for x, more in ((obs, 0), (next_obs, 1)):
+                layout.split(x)[1][n:m] = torch.stack(
+                    [achieved[step + more] for step in layout.lookahead], dim=1)
+        if m:
+            target = layout.split(obs[:m])[1][:, 0]
+            missing = target - layout.split(next_obs[:m])[0][:, 0]
+            distance = self._w_feature * missing.square().mean(1, keepdim=True)
+            reward[:m] = self._reward(distance, 1 - layout.split(next_obs[:m])[2])
         return obs, action, reward, discount, next_obs
 
-    def actor_loss(self, features, dist, action):
-        loss = super().actor_loss(features, dist, action)
-        if self._w_inverse:
-            n, m = self._ends(len(action))
-            loss = loss + self._w_inverse * F.mse_loss(dist.mean[n:m], action[n:m])
-        return loss
+    def actor_loss(self, features, dist) -> torch.Tensor:
+        q = torch.min(*self.critic(features, dist.sample(self.stddev_clip)))
+        if not self._w_clone:
+            return -self._w_critic * q.mean()
+        # Values in units of their size, so that neither term drowns the other (Fujimoto and Gu
+        # 2021, TD3+BC).
+        value = q.mean() / q.abs().mean().detach().clamp(min=1e-3)
+        return self._w_clone * self.clone_loss(len(features)) - self._w_critic * value
+
+
+def action_loss(predicted: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """Absolute error, squared below 0.1: experts often act at the bounds, and a squared error would
+    blur where they switch."""
+    return F.smooth_l1_loss(predicted, action, beta=0.1)

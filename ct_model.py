@@ -1,4 +1,4 @@
-"""The context translator of Liu, Gupta, Abbeel and Levine (2017, arXiv 1707.03374).
+"""The context translator of Liu, Gupta, Abbeel, Levine (2017, arXiv 1707.03374), and a pose code.
 
 It learns what a video would look like in another context, given the first image in that context:
 
@@ -8,6 +8,10 @@ It learns what a video would look like in another context, given the first image
     o  = Dec(z3, skips)      its image there
 
 All of it works on whole clips: the context is computed once a clip and broadcast over time.
+
+Distances between features say little about poses. `PoseCode` makes a narrow code of z1 in which
+they do: all that translation needs passes through it, a moment has one code in all contexts, and
+how the agent's actions move it can be predicted.
 """
 from typing import NamedTuple
 
@@ -122,6 +126,159 @@ class Decoder(nn.Module):
         return torch.lerp(first[:, None], drawn, mask.sigmoid()).flatten(0, 1)
 
 
+def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, hidden), nn.LayerNorm(hidden), nn.SiLU(),
+                         nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.SiLU(),
+                         nn.Linear(hidden, out_dim))
+
+
+class Dynamics(nn.Module):
+    """An ensemble that predicts the next code from the last HISTORY codes and the action.
+
+    Each member is an MLP and predicts the change beyond the last one. Members start differently
+    and see the same data; their spread tells where they know nothing (Chua et al. 2018).
+    """
+
+    HISTORY = 3  # codes: a pose, its velocity and acceleration
+
+    def __init__(self, code_dim: int, action_dim: int, hidden: int = 256, num_members: int = 3):
+        super().__init__()
+        in_dim = code_dim * self.HISTORY + action_dim
+        self.members = nn.ModuleList(mlp(in_dim, hidden, code_dim) for _ in range(num_members))
+        for member in self.members:
+            nn.init.normal_(member[-1].weight, std=1e-2 / hidden ** 0.5)
+
+    def forward(self, history: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """history (K, B, HISTORY, D), oldest first, of each member; action (K, B, A)
+        -> the next codes (K, B, D)."""
+        moved = history.diff(dim=2)
+        x = torch.cat([history[:, :, -1], moved.flatten(2), action], dim=2)
+        change = torch.stack([member(part) for member, part in zip(self.members, x, strict=True)])
+        return history[:, :, -1] + moved[:, :, -1] + change
+
+    def rollout(self, codes: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Predict open loop, each member on its own.
+
+        Args:
+          codes: (B, HISTORY, D), oldest first.
+          actions: (B, n, A), from the newest code on.
+
+        Returns: (K, B, n, D), the codes after each action.
+        """
+        num_members, predicted = len(self.members), []
+        history = codes.expand(num_members, *codes.shape)
+        for action in actions.unbind(1):
+            code = self(history, action.expand(num_members, *action.shape))
+            predicted.append(code)
+            history = torch.cat([history[:, :, 1:], code[:, :, None]], dim=2)
+        return torch.stack(predicted, dim=2)
+
+    def loss(self, codes: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """The squared error of open-loop prediction over windows, a mean over all elements.
+
+        Args: codes (B, T, D) with T > HISTORY; actions (B, T-1, A), those between the codes.
+        """
+        h = self.HISTORY
+        predicted = self.rollout(codes[:, :h], actions[:, h - 1:])
+        return (predicted - codes[:, h:]).square().mean()
+
+
+class PoseCode(nn.Module):
+    """A narrow code of z1, with zero mean and unit variance, and all that shapes it.
+
+    - translation: from the code of a moment in one context and z2 of another, `predictor` predicts
+      z1 of the same moment there, so that the code keeps the pose;
+    - agreement: a moment has the same code in all contexts, so that it keeps no more than that;
+    - `dynamics` predicts the code over several steps from the agent's actions, and `inverse` reads
+      the action out of it, so that distances follow what the agent can do.
+
+    What is predicted of z1 are linear discriminants: the directions that vary most within clips for
+    the disagreement between contexts.
+    """
+
+    def __init__(self, z_dim: int, code_dim: int, action_dim: int, num_targets: int = 32,
+                 hidden: int = 256):
+        """
+        Args:
+          num_targets: how many discriminants are predicted.
+          hidden: of each MLP.
+        """
+        super().__init__()
+        num_targets = min(num_targets, z_dim)
+        self.head = mlp(z_dim, hidden, code_dim)
+        # Unit variance, without parameters: codes cannot agree by being all the same.
+        self.norm = nn.BatchNorm1d(code_dim, affine=False, momentum=0.02)
+        self.predictor = mlp(code_dim + z_dim, hidden, num_targets)
+        self.dynamics = Dynamics(code_dim, action_dim, hidden)
+        self.inverse = mlp(3 * code_dim, hidden, action_dim)
+        self.register_buffer('z_scale', torch.zeros(2, z_dim))            # mean, deviation
+        self.register_buffer('z2_scale', torch.zeros(2, z_dim))
+        self.register_buffer('targets', torch.zeros(z_dim, num_targets))
+
+    def fit_scales(self, z: torch.Tensor, z2: torch.Tensor):
+        """Set the scales of z1 and z2, and the discriminants, from a dataset's features.
+
+        Args: z (N, C, T, Z), z2 (N, C, Z), of N clips in C >= 2 contexts.
+        """
+        for scale, values in ((self.z_scale, z), (self.z2_scale, z2)):
+            values = values.flatten(0, -2)
+            scale.copy_(torch.stack([values.mean(0), values.std(0) + 1e-4]))
+        moved = self._scaled(z, self.z_scale)
+        moved = (moved - moved.mean(2, keepdim=True)).double()      # what changes within a clip
+        noise = (moved[:, 0] - moved[:, 1]).flatten(0, 1)
+        noise = noise.T @ noise / len(noise)
+        noise += 1e-3 * noise.trace() / len(noise) * torch.eye(len(noise)).to(noise)
+        moved = moved.flatten(0, 2)
+        whiten = torch.linalg.inv(torch.linalg.cholesky(noise))
+        _, directions = torch.linalg.eigh(whiten @ torch.cov(moved.T) @ whiten.T)
+        targets = whiten.T @ directions[:, -self.targets.shape[1]:]
+        self.targets.copy_(targets / (moved @ targets).std(0))
+
+    @staticmethod
+    def _scaled(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (values - scale[0]) / scale[1]
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """z1 (..., Z) -> code float32 (..., code_dim)."""
+        code = self.head(self._scaled(z.float(), self.z_scale).flatten(0, -2))
+        return self.norm(code).unflatten(0, z.shape[:-1])
+
+    def losses(self, z_source: torch.Tensor, z_target: torch.Tensor, z2: torch.Tensor,
+               actions: torch.Tensor, trans: float = 1.0, rec: float = 1.0, agree: float = 1.0,
+               forward: float = 1.0, inverse: float = 0.1, noise: float = 0.1
+               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The weighted sum of the losses, each a mean over elements.
+
+        Args:
+          z_source, z_target: z1 (N, T, Z) of windows of successive frames in two contexts.
+          z2: (N, Z), of the target contexts.
+          actions: (P, T-1, A): the last P windows are play, and these the actions in them.
+          trans, rec: of prediction from the source's and from the target's own code.
+          agree, forward, inverse: of the terms above.
+          noise: standard deviation of noise on the codes that `predictor` gets: poses that look
+            different stay further apart than that.
+
+        Returns: a scalar, and each loss before weighting, detached.
+        """
+        source, target = self(torch.stack([z_source, z_target])).unbind(0)
+        context = self._scaled(z2, self.z2_scale)[:, None].expand(-1, source.shape[1], -1)
+        truth = self._scaled(z_target, self.z_scale) @ self.targets
+        losses = {'agree': F.mse_loss(source, target)}
+        for name, code in (('trans', source), ('rec', target)):
+            noisy = code + noise * torch.randn_like(code)
+            losses[name] = F.mse_loss(self.predictor(torch.cat([noisy, context], dim=2)), truth)
+        if len(actions):
+            codes = torch.cat([source[-len(actions):], target[-len(actions):]])      # (2P, T, D)
+            actions = actions.repeat(2, 1, 1)
+            losses['forward'] = self.dynamics.loss(codes, actions)
+            around = torch.cat([codes[:, :-2], codes[:, 1:-1], codes[:, 2:]], dim=2)
+            losses['inverse'] = F.mse_loss(self.inverse(around), actions[:, 1:])
+        weights = {'trans': trans, 'rec': rec, 'agree': agree, 'forward': forward,
+                   'inverse': inverse}
+        total = sum(weights[name] * loss for name, loss in losses.items() if weights[name])
+        return total, {name: loss.detach() for name, loss in losses.items()}
+
+
 class Context(NamedTuple):
     """Of N clips' first frames: Enc2's z2 (N, z_dim), its maps of each level, the frames."""
 
@@ -131,16 +288,21 @@ class Context(NamedTuple):
 
 
 class ContextTranslator(nn.Module):
-    """Enc1, Enc2, T and Dec. Features have no scale of their own: the losses do not ask for one."""
+    """Enc1, Enc2, T and Dec, and a pose code where there is one.
+
+    z1 to z3 have no scale of their own: the losses do not ask for one.
+    """
 
     def __init__(self, im_size: int = 64, channels: tuple[int, ...] = (32, 64, 128, 256),
-                 z_dim: int = 128, hidden: int = 512, kernel: int = 4):
+                 z_dim: int = 128, hidden: int = 512, kernel: int = 4,
+                 code_dim: int | None = None, action_dim: int | None = None):
         """
         Args:
           im_size: pixels along an edge, a multiple of 16.
           channels: of the four levels; the paper has 64, 128, 256, 512.
           z_dim, hidden: of the features, and of the layer before them and in T; the paper has 1024.
           kernel: of the convolutions; the paper has 5. 4 covers all pixels evenly at stride 2.
+          code_dim: numbers in the pose code, which takes `action_dim`; None is the paper's model.
 
         Raises: UserError for sizes that do not fit.
         """
@@ -157,9 +319,22 @@ class ContextTranslator(nn.Module):
         self.translator = nn.Sequential(nn.Linear(2 * z_dim, hidden), nn.LeakyReLU(0.2),
                                         nn.Linear(hidden, z_dim))
         self.apply(initialise)
+        self.code = PoseCode(z_dim, code_dim, action_dim) if code_dim else None
+        self.feature_dim = code_dim or z_dim
         # Training begins with the first frames, dimmed, instead of noise laid over them.
         nn.init.normal_(self.dec.deconvs[-1].weight, std=0.01)
         self.to(memory_format=torch.channels_last)
+
+    def only_answer(self, device: torch.device, dtype: torch.dtype) -> 'ContextTranslator':
+        """For use after training: multiply in `dtype`, but for the code, which stays in float32."""
+        for part in (self.enc1, self.enc2, self.dec, self.translator):
+            part.to(dtype)
+        return self.to(device).eval().requires_grad_(False)
+
+    def image_parameters(self) -> list[nn.Parameter]:
+        """Those of the paper's four networks, without the code's."""
+        return [parameter for part in (self.enc1, self.enc2, self.dec, self.translator)
+                for parameter in part.parameters()]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""DeepMind Control tasks as dm_env environments: pixels, states, action repeat, imitation.
+"""DeepMind Control tasks as dm_env environments: pixels, states, action repeat.
 
 An episode is named by its seed: `reset(episode_seed=s)` always gives the same physics state and
 the same target, so that a filmed episode can be entered again at its very start, in any context.
@@ -212,6 +212,22 @@ class SuiteEpisodes(Wrapper):
             return Camera(self._env.physics, im_size, self.camera_id)
         return Camera(self._env.physics, im_size, self.camera_id, self.painter, CONTEXT_FACETS)
 
+    def qpos(self) -> np.ndarray:
+        """The physical pose, float64 (nq,): kept beside videos, for evaluation only."""
+        return self._env.physics.data.qpos.copy()
+
+    def joints(self) -> list[str]:
+        """What each number of `qpos` is: 'hinge' (an angle, in rad), 'slide' (a length),
+        'travel' (how far the whole body has come, which no picture shows) or 'other'."""
+        model = self._env.physics.model
+        kinds = ['other'] * model.nq
+        for joint, (kind, start) in enumerate(zip(model.jnt_type, model.jnt_qposadr, strict=True)):
+            if kind == mujoco.mjtJoint.mjJNT_HINGE:
+                kinds[start] = 'hinge'
+            elif kind == mujoco.mjtJoint.mjJNT_SLIDE:
+                kinds[start] = 'travel' if model.id2name(joint, 'joint') == 'rootx' else 'slide'
+        return kinds
+
     def render(self, im_size: int) -> np.ndarray:
         """-> uint8 (im_size, im_size, 3), in the episode's context."""
         plain = self._context is None  # then the picture is what an expert was trained on
@@ -315,132 +331,3 @@ def make(task_name: str, obs: str = 'pixels', action_repeat: int = 2, frame_stac
         raise UserError(f"obs={obs} is neither pixels nor states.")
     env = ActionRepeat(load_suite(task_name, scenery, seed), action_repeat)
     return Pixels(env, im_size, frame_stack) if obs == 'pixels' else States(env)
-
-
-class Imitation(Wrapper):
-    """Imitation as an ordinary RL problem: track what a demonstration, translated, would look like.
-
-    At reset a demonstrated episode is drawn, and one of the contexts that it was filmed in becomes
-    the agent's. The agent starts where the expert started. The videos in the other contexts are
-    translated into the agent's, from its first image on, and averaged: features z*_t, images o*_t.
-
-    Observation: float32 (n,): the features of the last `num_frames` frames, newest first, the
-      target features `lookahead` steps ahead (the last one stands in for those beyond the end),
-      and the share of the horizon that is left. Features have zero mean and unit variance.
-    Reward: -(t/T)^time_power * (w_feature |z_t - z*_t|^2 + w_img |o_t - o*_t|^2), each a mean over
-      elements in units of their variance, so that scale and size do not matter: 0 is perfect
-      (Liu et al. 2017, section V, where time_power is 2).
-    Horizon: the demonstration ends at step T, and with it the sum to be maximised: there is
-      nothing left to bootstrap from, so the discount of that step is 0. But it is no ordinary
-      terminal, an event that the agent could bring about or put off: it is the clock's, and the
-      clock is in the observation, without which the value of a state would not be defined
-      (Pardo et al. 2018).
-
-    The reward of the task itself is hidden. With `evaluate`, its sum stands in `episode_info`
-    beside the expert's and a random policy's in the same episode, and the translation's PSNR
-    beside that of the agent's first image.
-    """
-
-    def __init__(self, env, demos, translator, im_size: int, num_frames: int, lookahead: list[int],
-                 time_power: float, w_feature: float, w_img: float, evaluate: bool = False):
-        """
-        Args:
-          env: `load_suite(..., scenery)`, its actions repeated as the expert's were.
-          demos: `len`, `frames(i)` uint8 (C, T+1, H, W, 3), `episode(i)` dict: see `video.Clips`.
-          translator: `encode(frame uint8 (H, W, 3))` -> (Z,), `translate(i, sources, first frame)`
-            -> features (T+1, Z), `decode()` -> images of that, uint8 (T+1, H, W, 3); `z_dim`;
-            `image_var`, how much pixels in [0, 1] vary within a demonstration.
-        """
-        super().__init__(env)
-        self._demos, self._translator, self._im_size = demos, translator, im_size
-        self._num_frames, self._lookahead = num_frames, np.array(lookahead)
-        self._time_power, self._w_feature, self._w_img = time_power, w_feature, w_img
-        self._evaluate, self._rng = evaluate, np.random.default_rng(0)
-        self._horizon = demos.frames(0).shape[1] - 1
-        self._ended = True
-        size = translator.z_dim * (num_frames + len(lookahead)) + 1
-        self._spec = specs.Array((size,), np.float32, 'observation')
-
-    def observation_spec(self):
-        return self._spec
-
-    def reset(self, episode_seed: int | None = None):
-        """Draw a demonstration and a context: which ones is a pure function of the seed."""
-        rng = self._rng if episode_seed is None else np.random.default_rng(episode_seed)
-        i = int(rng.integers(len(self._demos)))
-        demo, clips = self._demos.episode(i), self._demos.frames(i)
-        own = int(rng.integers(len(clips)))
-        sources = [c for c in range(len(clips)) if c != own]
-        self.episode_info = {}
-        if self._evaluate:
-            random_return = self._random_return(demo['episode_seed'])
-        self._env.reset(episode_seed=demo['episode_seed'],
-                        context=np.asarray(demo['contexts'][own]))
-        self._frame = self._env.render(self._im_size)
-        self._targets = self._translator.translate(i, sources, self._frame)
-        if self._w_img or self._evaluate:  # most of a reset's cost, and not always needed
-            self._images = self._translator.decode()
-        self._features = deque(maxlen=self._num_frames)
-        self._features.extend([self._translator.encode(self._frame)] * self._num_frames)
-        self._step, self._source, self._ended = 0, clips[sources[0]], False
-        if self._evaluate:
-            truth = clips[own]
-            self.episode_info = {'task_return': 0.0, 'expert_return': demo['expert_return'],
-                                 'random_return': random_return,
-                                 'psnr_translation': psnr(self._images, truth),
-                                 'psnr_copy_first': psnr(truth[:1], truth)}
-        return dm_env.restart(self._observation())
-
-    def _random_return(self, episode_seed: int) -> float:
-        rng, total = np.random.default_rng(episode_seed), 0.0
-        self._env.reset(episode_seed=episode_seed)
-        for _ in range(self._horizon):
-            total += self._env.step(rng.uniform(-1, 1, self.action_spec().shape)).reward
-        return total
-
-    def step(self, action):
-        if self._ended:
-            return self.reset()
-        time_step = self._env.step(action)
-        self._step += 1
-        self._frame = self._env.render(self._im_size)
-        self._features.appendleft(self._translator.encode(self._frame))
-        if self._evaluate:
-            self.episode_info['task_return'] += time_step.reward
-        reward, observation = self._reward(), self._observation()
-        if self._step == self._horizon or time_step.last():
-            self._ended = True
-            return dm_env.termination(reward, observation)
-        return dm_env.transition(reward, observation)
-
-    def _reward(self) -> float:
-        distance = 0.0
-        if self._w_feature:
-            error = self._features[0] - self._targets[self._step]
-            distance += self._w_feature * float(np.mean(error ** 2))
-        if self._w_img:
-            distance += (self._w_img / self._translator.image_var
-                         * mse(self._frame, self._images[self._step]))
-        return -(self._step / self._horizon) ** self._time_power * distance
-
-    def _observation(self) -> np.ndarray:
-        ahead = np.minimum(self._step + self._lookahead, self._horizon)
-        left = np.float32(1 - self._step / self._horizon)
-        return np.concatenate([*self._features, *self._targets[ahead], [left]]).astype(np.float32)
-
-    def panels(self, im_size: int) -> dict[str, np.ndarray]:
-        """What to see side by side: uint8 (H, W, 3) each."""
-        del im_size  # all three are of the translator's size
-        return {'expert, source context': self._source[self._step],
-                'translation': self._images[self._step],
-                'imitator, target context': self._frame}
-
-
-def mse(image: np.ndarray, other: np.ndarray) -> float:
-    """Of uint8 images that broadcast against each other, in [0, 1]."""
-    return float(np.mean((image.astype(np.float32) - other) ** 2)) / 255 ** 2
-
-
-def psnr(image: np.ndarray, other: np.ndarray) -> float:
-    """In dB."""
-    return -10 * np.log10(max(mse(image, other), 1e-10))

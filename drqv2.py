@@ -227,6 +227,7 @@ class DrQV2Agent:
             raise utils.UserError(f'agent.update_every_steps={update_every_steps} is below 1: set '
                                   'agent.update_every_steps=1 or more.')
         utils.schedule(stddev_schedule, 0)  # a wrong one is told here, not at the first step
+        self.lr, self.hidden_dim = lr, hidden_dim
         self.critic_target_tau, self.update_every_steps = critic_target_tau, update_every_steps
         self.num_expl_steps = num_expl_steps
         self.stddev_schedule, self.stddev_clip = stddev_schedule, stddev_clip
@@ -289,7 +290,7 @@ class DrQV2Agent:
         with torch.no_grad():
             next_features = self.encoder(next_obs)
         metrics = self.update_critic(features, action, reward, discount, next_features, stddev)
-        metrics |= self.update_actor(features.detach(), action, stddev)
+        metrics |= self.update_actor(features.detach(), stddev)
         with torch.no_grad():  # else the target would carry the graph of all updates along
             torch._foreach_lerp_(list(self.critic_target.parameters()),
                                  list(self.critic.parameters()), self.critic_target_tau)
@@ -312,9 +313,11 @@ class DrQV2Agent:
         return {'critic_target_q': target_q.mean(), 'critic_q1': q1.detach().mean(),
                 'critic_q2': q2.detach().mean(), 'critic_loss': loss.detach()}
 
-    def update_actor(self, features, action, stddev):
-        """The actor alone. Args: features (B, repr_dim), detached; action (B, A), those taken."""
-        loss = self.actor_loss(features, self.actor(features, stddev), action)
+    def update_actor(self, features, stddev):
+        """The actor alone. Args: features (B, repr_dim), detached."""
+        return self.step_actor(self.actor_loss(features, self.actor(features, stddev)))
+
+    def step_actor(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         parameters = list(self.actor.parameters())
         # Not loss.backward(): that would also work out gradients of the critic, to throw them away.
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -322,6 +325,5 @@ class DrQV2Agent:
         self.actor_opt.step()
         return {'actor_loss': loss.detach()}
 
-    def actor_loss(self, features, dist, action):
-        """-> 0-d. Of `action`, those that were taken, only the imitator makes use."""
+    def actor_loss(self, features, dist) -> torch.Tensor:
         return -torch.min(*self.critic(features, dist.sample(self.stddev_clip))).mean()

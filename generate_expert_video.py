@@ -1,8 +1,11 @@
-"""Film an expert's episodes in many contexts: python generate_expert_video.py task=reacher_hard
+"""Film an expert in many visual contexts: python generate_expert_video.py task=reacher_hard
 
-The physics runs once for each episode and a camera for each context films it. Episode i's start
-and contexts are functions of (seed, split, i) alone, so the dataset is the same for any number of
-workers, and a generation that was interrupted, or is asked for more episodes, goes on.
+Also films play: episodes of the agent's own random actions, from which the translator learns how
+actions move what it sees. Demonstrations keep no actions; play does, since they are the agent's.
+
+The physics runs once for each episode and a camera for each context films it. Episode i's start,
+contexts and play are functions of (seed, split, i) alone, so the dataset is the same for any number
+of workers, and a generation that was interrupted, or is asked for more episodes, goes on.
 """
 import contextlib
 import fcntl
@@ -15,6 +18,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +36,15 @@ from drqv2 import DrQV2Agent
 from logger import Progress
 from utils import UserError
 
-SPLITS = {'train': 'seen', 'valid': 'held_out'}  # -> the contexts that it is filmed in
+
+@dataclass(frozen=True)
+class Split:
+    contexts: str  # 'seen' or 'held_out': what it is filmed in
+    actor: str     # 'expert' or 'play'
+
+
+SPLITS = {'train': Split('seen', 'expert'), 'valid': Split('held_out', 'expert'),
+          'play': Split('seen', 'play'), 'play_valid': Split('held_out', 'play')}
 NUM_PREVIEWS = 3  # episodes of each split
 
 
@@ -54,34 +66,61 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
 
 def draw_episode(seed: int, split: str, i: int, num_contexts: int, scenery: dict
                  ) -> tuple[int, np.ndarray]:
-    """-> episode i's seed, even in train and odd in valid, and its contexts (num_contexts, DIM)."""
-    number = list(SPLITS).index(split)
+    """-> episode i's seed, even where contexts are seen and odd where they are held out, and its
+    contexts (num_contexts, DIM)."""
+    number, kind = list(SPLITS).index(split), SPLITS[split].contexts
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, i)))
-    episode_seed = 2 * int(rng.integers(2**31)) + number
-    return episode_seed, np.stack([contexts.sample(rng, SPLITS[split], scenery)
+    episode_seed = 2 * int(rng.integers(2**31)) + (kind == 'held_out')
+    return episode_seed, np.stack([contexts.sample(rng, kind, scenery)
                                    for _ in range(num_contexts)])
 
 
+class Play:
+    """Random actions that are correlated over time, for one episode.
+
+    A first-order autoregressive process, clipped to [-1, 1]. Its correlation time, log-uniform in 1
+    to 50 steps, and its amplitude, uniform in 0.2 to 2, are drawn for the episode: slow and fast,
+    weak and saturated play reach different poses.
+    """
+
+    def __init__(self, episode_seed: int, shape: tuple[int, ...]):
+        self._rng = np.random.default_rng(episode_seed)
+        self._decay = np.exp(-1 / np.exp(self._rng.uniform(0, np.log(50))))
+        self._amplitude = self._rng.uniform(0.2, 2.0)
+        self._state = self._rng.normal(size=shape)
+
+    def act(self, obs, step: int, eval_mode: bool) -> np.ndarray:
+        """-> float32 (action_dim,); takes the arguments of an agent's `act` and needs none."""
+        noise = self._rng.normal(size=self._state.shape)
+        self._state = self._decay * self._state + np.sqrt(1 - self._decay ** 2) * noise
+        return np.clip(self._amplitude * self._state, -1, 1).astype(np.float32)
+
+
 def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: Sequence
-         ) -> tuple[np.ndarray, list[float]]:
-    """One episode of the deterministic expert, from its start, seen by a camera for each context.
+         ) -> tuple[np.ndarray, dict[str, list]]:
+    """Film one episode from its start, with a camera for each context.
 
     Args:
+      agent: acts deterministically: an expert, or `Play`.
       cameras: `render(context)` -> uint8 (H, W, 3), each with its own, so that textures are
         uploaded once an episode; looks: their contexts.
 
-    Returns: frames uint8 (C, episode_len + 1, H, W, 3), and the reward of each step.
+    Returns: frames uint8 (C, episode_len + 1, H, W, 3), and what happened, in plain numbers:
+      'rewards' and 'actions' of each step, 'qpos' of each frame.
     """
-    frames, rewards = [], []
+    frames, rewards, actions, qpos = [], [], [], []
     time_step = env.reset(episode_seed=episode_seed)
     while True:
         frames.append([camera.render(look) for camera, look in zip(cameras, looks, strict=True)])
+        qpos.append(env.qpos().tolist())
         if len(rewards) == episode_len:
-            return np.stack(frames, axis=1), rewards
+            return np.stack(frames, axis=1), dict(rewards=rewards, actions=actions, qpos=qpos)
         if time_step.last():
             raise UserError(f'the episode of seed {episode_seed} ends after {len(rewards)} steps: '
                             f'set episode_len={len(rewards)} or less.')
-        time_step = env.step(agent.act(time_step.observation, step=0, eval_mode=True))
+        action = agent.act(time_step.observation, step=0, eval_mode=True)
+        time_step = env.step(action)
+        actions.append(np.asarray(action).tolist())
         rewards.append(float(time_step.reward))
 
 
@@ -98,15 +137,21 @@ class Studio:
         self.fps = 1 / (self.env.control_timestep() * env_args['action_repeat'])
 
     def make(self, split: str, i: int):
-        cfg, root = self.cfg, Path(self.cfg.out_dir) / split
+        cfg, root, kind = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
         episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
-        frames, rewards = film(self.env, self.agent, self.cameras, cfg.episode_len, episode_seed,
-                               list(looks))
+        agent = (self.agent if kind.actor == 'expert'
+                 else Play(episode_seed, self.env.action_spec().shape))
+        frames, happened = film(self.env, agent, self.cameras, cfg.episode_len, episode_seed,
+                                list(looks))
         if i < NUM_PREVIEWS:
-            labels = [f'{SPLITS[split]} context {c}' for c in range(len(frames))]
+            labels = [f'{kind.contexts} context {c}' for c in range(len(frames))]
             video.save(root / f'preview_{i:05d}.mp4', video.side_by_side(frames, labels), self.fps)
+        if kind.actor == 'expert':  # whose actions nobody is to know
+            kept = {'expert_return': sum(happened['rewards']), 'rewards': happened['rewards']}
+        else:  # what play is rewarded is not for the agent to know
+            kept = {'actions': happened['actions']}
         video.write_episode(root, i, frames, {
-            'episode_seed': episode_seed, 'expert_return': sum(rewards), 'rewards': rewards,
+            'episode_seed': episode_seed, **kept, 'qpos': happened['qpos'],
             'contexts': looks.tolist()})
 
 
@@ -128,10 +173,11 @@ def make_episode(split: str, i: int):
     studio().make(split, i)
 
 
-def describe(cfg, split: str, env_args: dict) -> dict:
+def describe(cfg, split: str, env_args: dict, joints: list[str]) -> dict:
     """All that the episodes of a split depend on, but for how many there are."""
     return {'format': utils.FORMAT, 'task': cfg.task_name, 'split': split,
-            'contexts': SPLITS[split], 'im_size': cfg.im_size, 'episode_len': cfg.episode_len,
+            'contexts': SPLITS[split].contexts, 'actor': SPLITS[split].actor, 'joints': joints,
+            'im_size': cfg.im_size, 'episode_len': cfg.episode_len,
             'num_contexts': cfg.num_contexts, 'action_repeat': env_args['action_repeat'],
             'seed': cfg.seed, 'scenery': OmegaConf.to_container(cfg.scenery, resolve=True),
             'quality': dmc.CONTEXT_QUALITY,
@@ -161,24 +207,24 @@ def check_same_settings(root: Path, meta: dict):
 
 
 def generate(cfg):
-    """Bring both splits to num_train and num_valid episodes; what is there already stays.
+    """Bring each split to its number of episodes; what is there already stays.
 
     Raises: UserError for bad settings, before anything is written.
     """
-    utils.require_at_least(cfg, 0, 'seed')
+    utils.require_at_least(cfg, 0, 'seed', 'num_play', 'num_play_valid')
     utils.require_at_least(cfg, 1, 'num_train', 'num_valid', 'num_contexts', 'im_size')
     utils.require_at_least(cfg, 2, 'episode_len')
     if cfg.num_workers is not None:
         utils.require_at_least(cfg, 1, 'num_workers')
     _, env_args = load_expert(cfg.snapshot, cfg.task_name)
-    nums = {'train': cfg.num_train, 'valid': cfg.num_valid}
+    nums = {split: cfg[f'num_{split}'] for split in SPLITS if cfg[f'num_{split}']}
     roots = {split: Path(cfg.out_dir) / split for split in nums}
-    metas = {split: describe(cfg, split, env_args) for split in nums}
+    # What would fail in every worker fails here: a wrong scenery, or episodes that are too short.
+    env = dmc.make(cfg.task_name, scenery=cfg.scenery, **{**env_args, 'obs': 'states'})
+    metas = {split: describe(cfg, split, env_args, env.joints()) for split in nums}
     for split in nums:
         check_same_settings(roots[split], metas[split])
     there = {split: set(video.episode_numbers(roots[split])) for split in nums}
-    # What would fail in every worker fails here: a wrong scenery, or episodes that are too short.
-    env = dmc.make(cfg.task_name, scenery=cfg.scenery, **{**env_args, 'obs': 'states'})
     still = SimpleNamespace(act=lambda *_, **__: np.zeros(env.action_spec().shape))
     film(env, still, [], cfg.episode_len, episode_seed=0, looks=[])
     env.camera(16)  # and so does an OpenGL that does not work
@@ -251,11 +297,16 @@ def main(cfg):
         generate(cfg)
     except KeyboardInterrupt:
         sys.exit('interrupted; the same command goes on from here')
-    for split, split_contexts in SPLITS.items():
+    for split, kind in SPLITS.items():
+        if not cfg[f'num_{split}']:
+            continue
         clips = video.Clips(Path(cfg.out_dir) / split)
-        returns = [clips.episode(i)['expert_return'] for i in range(len(clips))]
-        print(f'{clips.root}: {len(clips)} episodes, each in {cfg.num_contexts} {split_contexts} '
-              f'contexts; return of the expert {np.mean(returns):.4g} +- {np.std(returns):.2g}')
+        line = (f'{clips.root}: {len(clips)} episodes of {kind.actor}, each in {cfg.num_contexts} '
+                f'{kind.contexts} contexts')
+        if kind.actor == 'expert':
+            returns = [clips.episode(i)['expert_return'] for i in range(len(clips))]
+            line += f'; return {np.mean(returns):.4g} +- {np.std(returns):.2g}'
+        print(line)
     print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\n'
           f'next: python train_ct.py task={cfg.task_name} data_dir={cfg.out_dir}')
 

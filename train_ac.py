@@ -1,8 +1,9 @@
-"""Train the imitator on translated videos: python train_ac.py task=reacher_hard
+"""Train the imitator on translated videos: python train_ac.py task=reacher_hard [recipe=liu2017]
 
-The loop is train.py's `Workspace`; here stands what it is given: demonstrations, the translator,
-the imitation environment and the `ACAgent`.
+The loop is train.py's `Workspace`; here stands what it is given, all of it from ac_agent.py:
+demonstrations with the translator at work on them, the imitation environment and the `ACAgent`.
 """
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,100 +15,10 @@ from omegaconf import OmegaConf
 import dmc
 import utils
 import video
-from ac_agent import ACAgent
-from ct_model import ContextTranslator, to_uint8
+from ac_agent import ACAgent, Demonstrations, Imitation, Layout, Play, Reward
+from ct_model import ContextTranslator
 from train import Workspace, check_action_repeat, check_settings
 from utils import UserError
-
-
-class DemoTranslator:
-    """A context translator at work on demonstrations: each is encoded once, when first needed.
-
-    Features leave as linear discriminants: the directions in which demonstrations vary most for
-    what translation gets wrong in them, each scaled to unit variance. What is left behind is noise
-    to a distance; and neither reward nor agent depends on the scale at which a translator happened
-    to settle.
-    """
-
-    def __init__(self, model: ContextTranslator, clips: video.Clips, z_dim: int,
-                 basis: list | None = None):
-        """
-        Args:
-          z_dim: how many discriminants.
-          basis: another DemoTranslator's, in plain values, so that both give the same features and
-            rewards: worked out anew, on another machine, they may point the other way.
-        """
-        self.model, self._clips, self._encoded = model, clips, {}
-        self._device = next(model.parameters()).device
-        self.z_dim = z_dim
-        self.basis = mean, components, self.image_var = basis or self._find_basis()
-        self._mean, self._components = (
-            torch.tensor(part, dtype=torch.float64, device=self._device)
-            for part in (mean, components))
-
-    def _find_basis(self, num_episodes: int = 100) -> list:
-        """-> mean (Z,), components (Z, z_dim), and how much pixels in [0, 1] vary in an episode."""
-        truth, error, motion = [], [], []
-        for i in range(min(len(self._clips), num_episodes)):
-            z, own = self._features(i), i % self._clips.meta['num_contexts']
-            frames = np.array(self._clips.frames(i)[own])
-            z3 = self._translate(i, [c for c in range(len(z)) if c != own], frames[0])
-            truth.append(z.flatten(0, 1))
-            error.append(z3[0].mean(0) - z[own])
-            motion.append(np.var(frames / 255.0, axis=0).mean())
-        # In float64, which `precision` does not touch.
-        truth, error = torch.cat(truth).double(), torch.cat(error).double()
-        noise = error.T @ error / len(error)
-        noise += 1e-3 * noise.trace() / len(noise) * torch.eye(len(noise)).to(noise)
-        whiten = torch.linalg.inv(torch.linalg.cholesky(noise))
-        _, directions = torch.linalg.eigh(whiten @ torch.cov(truth.T) @ whiten.T)
-        components = whiten.T @ directions[:, -self.z_dim:]
-        mean = truth.mean(0)
-        components /= ((truth - mean) @ components).std(0)
-        return [mean.tolist(), components.tolist(), float(np.mean(motion))]
-
-    def _normalised(self, z: torch.Tensor) -> np.ndarray:
-        return ((z.double() - self._mean) @ self._components).float().cpu().numpy()
-
-    @torch.no_grad()
-    def _features(self, i: int) -> torch.Tensor:
-        """-> (C, T+1, Z), as the translator takes them."""
-        if i not in self._encoded:
-            frames = torch.from_numpy(np.array(self._clips.frames(i))).to(self._device)
-            self._encoded[i] = self.model.encode(frames)
-        return self._encoded[i]
-
-    @torch.no_grad()
-    def encode(self, frame: np.ndarray) -> np.ndarray:
-        """uint8 (H, W, 3) -> float32 (Z,)."""
-        frames = torch.from_numpy(frame).to(self._device)[None]
-        return self._normalised(self.model.encode(frames)[0])
-
-    @torch.no_grad()
-    def _translate(self, i: int, sources: list[int], first: np.ndarray) -> torch.Tensor:
-        """-> (1, n, T+1, Z), what `decode` decodes."""
-        z1 = self._features(i)[sources]                                        # (n, T+1, Z)
-        self._context = self.model.context(torch.from_numpy(first).to(self._device)[None])
-        # The n videos share the context: to the translator they are one clip of n (T+1) frames.
-        self._z3 = self.model.translate(z1.flatten(0, 1)[None], self._context).unflatten(
-            1, z1.shape[:2])
-        return self._z3
-
-    def translate(self, i: int, sources: list[int], first: np.ndarray) -> np.ndarray:
-        """Demonstration i as it would go from `first` on: the mean over its source contexts.
-
-        Args:
-          first: uint8 (H, W, 3), the agent's first image.
-
-        Returns: features float32 (T+1, z_dim).
-        """
-        return self._normalised(self._translate(i, sources, first)[0].mean(0))
-
-    @torch.no_grad()
-    def decode(self) -> np.ndarray:
-        """The images of what was translated last, averaged: uint8 (T+1, H, W, 3)."""
-        images = self.model.decode(self._z3.flatten(1, 2), self._context)[0]   # (n(T+1), 3, H, W)
-        return to_uint8(images.unflatten(0, self._z3.shape[1:3]).mean(0)).cpu().numpy()
 
 
 def act_as_often(cfg, source: str | Path, action_repeat: int):
@@ -130,6 +41,7 @@ def film_demonstrations(cfg, im_size: int):
     command = [sys.executable, str(Path(__file__).parent / 'generate_expert_video.py'),
                f'task={cfg.task_name}', f'snapshot={cfg.expert}', f'out_dir={cfg.data_dir}',
                f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}',
+               f'num_play={cfg.num_play}', 'num_play_valid=0',
                f'im_size={im_size}', f'seed={cfg.seed}']
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)
@@ -157,80 +69,119 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
     return f'\n{text}\nvideo: {path}\ntable: {workspace.work_dir / "report.md"}'
 
 
-def make_env(cfg, clips: video.Clips, translator: DemoTranslator, evaluate: bool) -> dmc.Imitation:
-    meta = clips.meta
-    env = dmc.ActionRepeat(dmc.load_suite(cfg.task_name, meta['scenery']), meta['action_repeat'])
-    return dmc.Imitation(env, clips, translator, meta['im_size'], cfg.num_frames,
-                         list(cfg.lookahead), cfg.time_power, cfg.w_feature, cfg.w_img, evaluate)
-
-
-def make_workspace(cfg, work_dir: Path) -> Workspace:
-    """The run, ready to be trained; its expert films demonstrations if there are none.
-
-    Raises: UserError for bad settings, translator or demonstrations, before anything is trained.
-    """
+def check_all_settings(cfg):
+    """Raises: UserError for settings with which there is no run."""
     check_settings(cfg)
-    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames', 'z_dim')
-    if min(cfg.w_feature, cfg.w_img) < 0 or not cfg.w_feature + cfg.w_img:
-        raise UserError('w_feature and w_img must not be negative, nor both 0: set w_feature=1.')
+    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames')
+    utils.require_at_least(cfg, 0, 'num_play', 'max_shift', 'num_pretrain_updates')
+    utils.set_precision(cfg.precision)
+    for one, other in (('w_feature', 'w_img'), ('w_critic', 'w_clone')):
+        if min(cfg[one], cfg[other]) < 0 or not cfg[one] + cfg[other]:
+            raise UserError(f'{one} and {other} must not be negative, nor both 0: set {one}=1.')
+    if cfg.reward_scale is not None and not cfg.reward_scale > 0:
+        raise UserError(f'reward_scale={cfg.reward_scale} must be above 0, or null for a reward '
+                        'that does not saturate: set reward_scale=0.1.')
     if min(cfg.relabel, cfg.hindsight) < 0 or cfg.relabel + cfg.hindsight > 1:
         raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} are shares of one '
                         'batch: set them to 0 or more, and no more than 1 together.')
-    if (cfg.relabel or cfg.hindsight) and cfg.nstep != 1:
-        raise UserError(f'nstep={cfg.nstep} goes with the targets that were there: set nstep=1, or '
-                        'relabel=0 hindsight=0 w_inverse=0.')
-    if cfg.w_inverse < 0 or (cfg.w_inverse and round(cfg.hindsight * cfg.batch_size) < 1):
-        raise UserError(f'w_inverse={cfg.w_inverse} must not be negative, and learns from the '
-                        f'share hindsight={cfg.hindsight} of batch_size={cfg.batch_size}, which is '
-                        'less than one: set w_inverse=0, or those higher.')
-    if not cfg.lookahead or min(cfg.lookahead) < 1:
+    if any(step < 1 for step in cfg.lookahead):
         raise UserError(f'lookahead={list(cfg.lookahead)} is no list of steps ahead: set '
                         'lookahead=[1,3,6,12].')
-    if cfg.relabel and (cfg.w_img or cfg.lookahead[0] != 1):
-        raise UserError(f'relabel={cfg.relabel} works out rewards from observations, which takes '
-                        'w_img=0 and 1 as the first lookahead: set relabel=0.')
-    utils.set_precision(cfg.precision)
-    device = utils.pick_device(cfg.device)
+    if cfg.w_critic and cfg.relabel + cfg.hindsight:
+        if cfg.nstep != 1:
+            raise UserError(f'nstep={cfg.nstep} goes with the targets that were there: set '
+                            'nstep=1, or relabel=0 hindsight=0.')
+        if cfg.w_img or list(cfg.lookahead)[:1] != [1]:
+            raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} work out rewards '
+                            'from observations, which takes w_img=0 and 1 as the first lookahead: '
+                            'set relabel=0 hindsight=0.')
+
+
+def load_translator(cfg) -> ContextTranslator:
+    """Raises: UserError where it is missing, was made of other pictures or by another recipe."""
     retrain = f'python train_ct.py task={cfg.task_name}'
     made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name, remedy=retrain)
     dmc.require_same_pictures(cfg.snapshot, made['made_by']['videos'],
                               made['made_by'].get('quality'), dmc.CONTEXT_QUALITY, retrain)
     model = ContextTranslator(**made['model_args'])
+    if (model.code is None) != (cfg.recipe == 'liu2017'):
+        raise UserError(f"{cfg.snapshot} has {'no' if model.code is None else 'a'} pose code: set "
+                        f"recipe={'liu2017' if model.code is None else 'pose_code'}, or {retrain} "
+                        f'recipe={cfg.recipe}.')
     model.load_state_dict(made['model'])
-    model.to(device, utils.PRECISIONS[cfg.precision]).eval()
-    if cfg.z_dim > model.z_dim:
-        raise UserError(f'z_dim={cfg.z_dim} is more than the {model.z_dim} features of the '
-                        f'translator: set z_dim={model.z_dim} or less.')
+    return model.only_answer(utils.pick_device(cfg.device), utils.PRECISIONS[cfg.precision])
+
+
+def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
+    """The splits 'train' and 'valid', and 'play' where cloning needs it, filmed if missing.
+
+    Raises: UserError where they are not of this task, or drawn otherwise than pictures are here.
+    """
     root = Path(cfg.data_dir)
-    if not video.is_whole(root / 'train') or not video.is_whole(root / 'valid'):
-        film_demonstrations(cfg, model.im_size)
-    train_clips, valid_clips = (
-        video.Clips(root / split, cfg.task_name, model.im_size, max_clips=max_clips)
-        for split, max_clips in (('train', cfg.num_demos), ('valid', cfg.num_eval_demos)))
-    meta = train_clips.meta
-    if meta['num_contexts'] < 2:
+    limits = {'train': cfg.num_demos, 'valid': cfg.num_eval_demos}
+    if cfg.w_clone:
+        limits['play'] = cfg.num_play
+    if not all(video.is_whole(root / split) for split in limits):
+        film_demonstrations(cfg, im_size)
+    splits = {}
+    for split, limit in limits.items():
+        splits[split] = clips = video.Clips(root / split, cfg.task_name, im_size, max_clips=limit)
+        dmc.require_same_videos(clips.root, clips.meta)
+    if clips.meta['num_contexts'] < 2:
         raise UserError(f'{root} shows each episode in one context only; one more is needed for '
                         f'the agent: python generate_expert_video.py task={cfg.task_name} '
                         'num_contexts=4 out_dir=<another folder>.')
-    act_as_often(cfg, root, meta['action_repeat'])
-    for clips in (train_clips, valid_clips):
-        dmc.require_same_videos(clips.root, clips.meta)
-    basis = None
-    if utils.newest_snapshot(work_dir / 'snapshot.pt'):
-        basis = utils.load_snapshot(work_dir / 'snapshot.pt', 'imitator', cfg.task_name,
-                                    remedy='start a new run')['made_by'].get('basis')
-    translator = DemoTranslator(model, train_clips, cfg.z_dim, basis)
-    train_env = make_env(cfg, train_clips, translator, evaluate=False)
-    eval_env = make_env(cfg, valid_clips, DemoTranslator(model, valid_clips, cfg.z_dim,
-                                                         translator.basis), evaluate=True)
-    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True),
-                      obs_shape=list(train_env.observation_spec().shape),
-                      action_dim=train_env.action_spec().shape[0])
-    made_by = {'translator_sha256': utils.sha256(cfg.snapshot),
-               'expert_sha256': meta['expert_sha256'], 'num_demos': len(train_clips),
-               'w_img': cfg.w_img, 'basis': translator.basis}
-    return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, ACAgent, agent_args, made_by,
-                     overlap=device.type == 'cpu')
+    act_as_often(cfg, root, clips.meta['action_repeat'])
+    return splits
+
+
+def make_env(cfg, demos: Demonstrations, layout: Layout, evaluate: bool) -> Imitation:
+    meta = demos.clips.meta
+    env = dmc.ActionRepeat(dmc.load_suite(cfg.task_name, meta['scenery']), meta['action_repeat'])
+    return Imitation(env, demos, layout, Reward(cfg.reward_scale, cfg.time_power), meta['im_size'],
+                     cfg.w_feature, cfg.w_img, evaluate)
+
+
+def make_workspace(cfg, work_dir: Path) -> Workspace:
+    """The run, ready to be trained; its expert films demonstrations if there are none.
+
+    Raises: UserError for bad settings, translator or videos, before anything is trained.
+    """
+    check_all_settings(cfg)
+    model = load_translator(cfg)
+    splits = open_videos(cfg, model.im_size)
+
+    demos = Demonstrations(model, splits['train'], stored_scale(cfg, work_dir))
+    eval_demos = Demonstrations(model, splits['valid'], demos.scale)
+    layout = Layout(model.feature_dim, cfg.num_frames, tuple(cfg.lookahead))
+    train_env = make_env(cfg, demos, layout, evaluate=False)
+    eval_env = make_env(cfg, eval_demos, layout, evaluate=True)
+    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True), obs_shape=[layout.size],
+                      action_dim=train_env.action_spec().shape[0],
+                      feature_dim_of_frame=model.feature_dim)
+    make_agent = ACAgent
+    if cfg.w_clone:
+        make_agent = functools.partial(ACAgent, demos=demos.features(),
+                                       play=encode_play(model, splits['play'], demos.scale))
+    made_by = {'translator_sha256': utils.sha256(cfg.snapshot), 'recipe': cfg.recipe,
+               'expert_sha256': splits['train'].meta['expert_sha256'], 'num_demos': len(demos),
+               'num_play': len(splits.get('play', ())), 'w_img': cfg.w_img, 'scale': demos.scale}
+    return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, make_agent, agent_args,
+                     made_by, overlap=utils.pick_device(cfg.device).type == 'cpu')
+
+
+def stored_scale(cfg, work_dir: Path):
+    """That of the run's snapshot, if there is one: worked out anew it could differ in the last
+    digits."""
+    if not utils.newest_snapshot(work_dir / 'snapshot.pt'):
+        return None
+    return utils.load_snapshot(work_dir / 'snapshot.pt', 'imitator', cfg.task_name,
+                               remedy='start a new run')['made_by'].get('scale')
+
+
+def encode_play(model: ContextTranslator, clips: video.Clips, scale) -> Play:
+    actions = np.array([clips.episode(i)['actions'] for i in range(len(clips))], np.float32)
+    return Play(Demonstrations(model, clips, scale).features(), torch.from_numpy(actions))
 
 
 @utils.main('train_ac')

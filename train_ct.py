@@ -1,12 +1,15 @@
-"""Train the context translator on demonstration videos: python train_ct.py task=reacher_hard
+"""Train the context translator on videos: python train_ct.py task=reacher_hard [recipe=liu2017]
 
-Supervised: clips of one episode in two contexts; see ct_model.py for what is learnt. The folder of
-the run gets snapshot.pt, to resume from, and best.pt, the one with the lowest translation loss on
-held-out episodes in held-out contexts: that is the one to use.
+Supervised: clips of one episode in two contexts, of demonstrations and of play; see ct_model.py for
+what is learnt. The translator comes first; the pose code is then fitted to its features, which stay
+as they are and are worked out once. The folder of the run gets snapshot.pt, to resume from, and
+best.pt, which is the one to use: the translator with the lowest loss on held-out episodes in
+held-out contexts, with its code.
 """
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,7 +18,7 @@ from omegaconf import OmegaConf
 import dmc
 import utils
 import video
-from ct_model import ContextTranslator, moving, to_uint8
+from ct_model import ContextTranslator, Dynamics, mlp, moving, to_uint8
 from logger import Logger
 from utils import UserError
 
@@ -43,7 +46,7 @@ class PairSampler:
                             f'frames_per_clip={num_frames} or less.')
         self._clips, self._pairs = clips, pairs
         self._augment_mirror, self._augment_colours = augment_mirror, augment_colours
-        self._num_contexts, self._num_frames, self._moves = num_contexts, num_frames, {}
+        self._num_contexts, self._num_frames, self._probs = num_contexts, num_frames, {}
         self._frames_per_clip, self.rng = frames_per_clip, np.random.default_rng(seed)
 
     def draw(self) -> tuple[int, int, int, int, np.ndarray]:
@@ -57,20 +60,20 @@ class PairSampler:
             episodes = rng.choice(len(self._clips), 2, replace=False)
             contexts = rng.integers(self._num_contexts, size=2)
         frames = np.sort(rng.choice(self._num_frames, self._frames_per_clip, replace=False,
-                                    p=self._how_much_moves(int(episodes[0]))))
+                                    p=self._frame_probs(int(episodes[0]))))
         return episodes[0], contexts[0], episodes[1], contexts[1], frames
 
-    def _how_much_moves(self, i: int) -> np.ndarray:
-        """Of which frames episode i is to be learnt from: float64 (T+1,), which sum to 1.
+    def _frame_probs(self, i: int) -> np.ndarray:
+        """How often each frame of episode i is drawn: float64 (T+1,), which sum to 1.
 
-        Half goes to all frames alike, half to those that differ from the one before. Experts soon
-        stand where they want to be, and from then on every frame says the same.
+        Half of the probability is uniform, half in proportion to the change since the frame before.
+        Experts soon stand where they want to be, and from then on all frames show the same.
         """
-        if i not in self._moves:
+        if i not in self._probs:
             frames = self._clips.frames(i)[0].astype(np.int16)
             change = np.abs(np.diff(frames, axis=0, prepend=frames[:1])).mean((1, 2, 3)) + 1e-6
-            self._moves[i] = 0.5 / len(change) + 0.5 * change / change.sum()
-        return self._moves[i]
+            self._probs[i] = 0.5 / len(change) + 0.5 * change / change.sum()
+        return self._probs[i]
 
     def sample(self, batch_size: int) -> list[torch.Tensor]:
         """-> source and target, uint8 (N, T, H, W, 3), the targets' first frames (N, H, W, 3)."""
@@ -94,8 +97,53 @@ class PairSampler:
         return frames[..., self.rng.permutation(3)] ^ flip
 
 
-class Examination:
-    """Held-out clips, the same at every examination, and what can be said without a model."""
+class FeatureWindows:
+    """Windows of successive frames, as the features of a translator that stays as it is.
+
+    Every frame of the train and play splits is encoded once.
+    """
+
+    def __init__(self, model: ContextTranslator, splits: dict[str, video.Clips], window: int,
+                 autocast):
+        self._window, self._features = window, {}
+        device = next(model.parameters()).device
+        for name in ('train', 'play'):
+            z, z2 = [], []
+            for i in range(len(splits[name])):
+                frames = torch.from_numpy(np.array(splits[name].frames(i))).to(device)
+                with torch.no_grad(), autocast:
+                    z.append(model.encode(frames).float())
+                    z2.append(model.context(frames[:, 0]).z2.float())
+            self._features[name] = torch.stack(z), torch.stack(z2)    # (N, C, T+1, Z), (N, C, Z)
+        actions = [splits['play'].episode(i)['actions'] for i in range(len(splits['play']))]
+        self._actions = torch.tensor(actions, device=device)          # (N, T, A)
+
+    def all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> z1 (N, C, T+1, Z) and z2 (N, C, Z) of all clips."""
+        return tuple(torch.cat(parts) for parts in zip(*self._features.values(), strict=True))
+
+    def sample(self, batch_size: int) -> list[torch.Tensor]:
+        """-> what `PoseCode.losses` takes: half of the windows from demonstrations, half from
+        play."""
+        parts, actions = [], None
+        for name, (z, z2) in self._features.items():
+            num_clips, num_contexts, num_frames = z.shape[:3]
+            n = batch_size // 2
+            i = torch.randint(num_clips, (n,), device=z.device)
+            source = torch.randint(num_contexts, (n,), device=z.device)
+            target = torch.randint(1, num_contexts, (n,), device=z.device) + source
+            target %= num_contexts
+            start = torch.randint(num_frames - self._window + 1, (n, 1), device=z.device)
+            steps = start + torch.arange(self._window, device=z.device)
+            parts.append((z[i[:, None], source[:, None], steps],
+                          z[i[:, None], target[:, None], steps], z2[i, target]))
+            if name == 'play':
+                actions = self._actions[i[:, None], steps[:, :-1]]
+        return [torch.cat(part) for part in zip(*parts, strict=True)] + [actions]
+
+
+class Evaluator:
+    """Held-out clips, the same at every evaluation, and what can be said without a model."""
 
     def __init__(self, clips: video.Clips, train_clips: video.Clips, pairs: str, num_clips: int,
                  device: torch.device):
@@ -122,8 +170,8 @@ class Examination:
         maps = torch.cat([ssim_map(p, t) for p, t in zip(prediction, truth, strict=True)])
         error = torch.cat([((p.float() - t.float()) / 255).square().mean(-1)
                            for p, t in zip(prediction, truth, strict=True)])
-        return {f'psnr{suffix}': psnr(error),
-                f'psnr_moving{suffix}': psnr(error[moved.flatten(0, 1)]),
+        return {f'psnr{suffix}': video.psnr(float(error.mean())),
+                f'psnr_moving{suffix}': video.psnr(float(error[moved.flatten(0, 1)].mean())),
                 f'ssim{suffix}': float(maps.mean()),
                 f'ssim_moving{suffix}': float(maps[moved[..., 3:-3, 3:-3].flatten(0, 1)].mean())}
 
@@ -163,9 +211,136 @@ class Examination:
         return video.side_by_side(clips, ['source', 'prediction', 'truth'])
 
 
-def psnr(error: torch.Tensor) -> float:
-    """Squared errors of pixels in [0, 1], pooled -> dB; nan where there are none."""
-    return float(-10 * error.mean().clamp(min=1e-10).log10())
+class PoseProbe:
+    """Measures how well features tell the physical pose, with held-out videos: evaluation only.
+
+    No pose enters any training: a probe is fitted to features that stay as they are.
+    """
+
+    def __init__(self, splits: dict[str, video.Clips], num_episodes: int = 50,
+                 device: torch.device | str = 'cpu'):
+        """
+        Args:
+          splits: 'train' and 'valid', with or without 'play' and 'play_valid'.
+          num_episodes: to measure on, of each split; the probe is fitted on twice as many.
+        """
+        self._device, self._splits, self._frames = torch.device(device), splits, {}
+        self._joints = splits['train'].meta['joints']
+        self._poses = {}
+        for name, clips in splits.items():
+            num = num_episodes if name.endswith('valid') else 2 * num_episodes
+            episodes = range(min(num, len(clips)))
+            self._poses[name] = np.array([clips.episode(i)['qpos'] for i in episodes])
+        fitted = np.concatenate([poses.reshape(-1, len(self._joints)) for name, poses
+                                 in self._poses.items() if not name.endswith('valid')])
+        self._scale = fitted.std(0) + 1e-6
+        self._angles = [k for k, joint in enumerate(self._joints) if joint == 'hinge']
+        self._lengths = [k for k, joint in enumerate(self._joints) if joint in ('slide', 'other')]
+
+    def _vectors(self, qpos: np.ndarray) -> np.ndarray:
+        """qpos (..., nq) -> (..., n): sine and cosine of angles; lengths in standard deviations."""
+        angles = qpos[..., self._angles]
+        lengths = (qpos / self._scale)[..., self._lengths]
+        return np.concatenate([np.sin(angles), np.cos(angles), lengths], axis=-1)
+
+    def _errors(self, vectors: np.ndarray, qpos: np.ndarray) -> np.ndarray:
+        """Read-out vectors (..., n) against qpos (..., nq) -> the error of each joint: rad, or
+        standard deviations of a length."""
+        num = len(self._angles)
+        angles = np.arctan2(vectors[..., :num], vectors[..., num:2 * num])
+        off = (angles - qpos[..., self._angles] + np.pi) % (2 * np.pi) - np.pi
+        lengths = vectors[..., 2 * num:] - (qpos / self._scale)[..., self._lengths]
+        return np.abs(np.concatenate([off, lengths], axis=-1))
+
+    @torch.no_grad()
+    def _encode(self, encode, name: str) -> torch.Tensor:
+        """-> (N, C, T+1, D); of the splits that the probe is fitted on, two contexts."""
+        contexts = slice(None) if name.endswith('valid') else slice(2)
+        return torch.stack([
+            encode(torch.from_numpy(np.array(self._splits[name].frames(i)[contexts])).to(
+                self._device)).float() for i in range(len(self._poses[name]))])
+
+    def __call__(self, encode, dynamics=None, seed: int = 0) -> dict[str, float]:
+        """Measure features; the names of those on play end in _play.
+
+        Args:
+          encode: uint8 (C, T+1, H, W, 3) -> (C, T+1, D).
+          dynamics: `Dynamics` on these features, to be measured open loop.
+
+        Returns: 'agreement', the squared distance of one moment in two contexts over that of two
+          episodes; 'rank', the Spearman correlation of squared distances of features and of poses;
+          'probe' and 'probe_gross', of the joint that is read worst, the median error and the share
+          above 0.3 (rad, or standard deviations); 'open_loop' the former for what `dynamics`
+          predicts 10 steps ahead, and 'open_loop_still' for a pose that does not move.
+        """
+        rng, scores = np.random.default_rng(seed), {}
+        codes = {name: self._encode(encode, name) for name in self._splits}
+        poses = {name: np.repeat(qpos[:, None], codes[name].shape[1], axis=1)
+                 for name, qpos in self._poses.items()}
+        read = self._fit([name for name in codes if not name.endswith('valid')], codes, poses, seed)
+        for name in codes:
+            if not name.endswith('valid'):
+                continue
+            suffix, z = name.removeprefix('valid').removesuffix('_valid'), codes[name]
+            suffix = f'_{suffix}' if suffix else ''
+            flat, qpos = z.flatten(0, 2).cpu().numpy(), poses[name].reshape(-1, len(self._joints))
+            one, other = rng.integers(len(flat), size=(2, 20_000))
+            apart = ((flat[one] - flat[other]) ** 2).sum(1)
+            vectors = self._vectors(qpos)
+            pose_apart = ((vectors[one] - vectors[other]) ** 2).sum(1)
+            same_moment = (z - z.roll(1, 1)).square().sum(-1).mean()
+            scores[f'agreement{suffix}'] = float(same_moment) / float(apart.mean())
+            scores[f'rank{suffix}'] = float(scipy.stats.spearmanr(apart, pose_apart).statistic)
+            errors = self._errors(read(z.flatten(0, 2)), qpos)
+            scores[f'probe{suffix}'] = float(np.median(errors, axis=0).max())
+            scores[f'probe_gross{suffix}'] = float((errors > 0.3).mean(0).max())
+        if dynamics is not None and 'play_valid' in codes:
+            scores |= self._open_loop(dynamics, read, codes['play_valid'], poses['play_valid'])
+        return scores
+
+    def _fit(self, names: list[str], codes: dict, poses: dict, seed: int):
+        """-> a function that reads pose vectors (N, n) out of features (N, D)."""
+        z = torch.cat([codes[name].flatten(0, 2) for name in names])
+        truth = np.concatenate([poses[name].reshape(-1, len(self._joints)) for name in names])
+        truth = torch.from_numpy(self._vectors(truth)).float().to(z.device)
+        mean, std = z.mean(0), z.std(0) + 1e-6
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = mlp(z.shape[1], 256, truth.shape[1]).to(z.device)
+            optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+            num_steps = 3000
+            for step in range(num_steps):
+                optimizer.param_groups[0]['lr'] = 1e-3 * (1 - step / num_steps)
+                rows = torch.randint(len(z), (512,)).to(z.device)
+                loss = F.mse_loss(net((z[rows] - mean) / std), truth[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+        @torch.no_grad()
+        def read(features: torch.Tensor) -> np.ndarray:
+            return net((features - mean) / std).cpu().numpy()
+        return read
+
+    @torch.no_grad()
+    def _open_loop(self, dynamics, read, codes: torch.Tensor, poses: np.ndarray,
+                   num_steps: int = 10) -> dict[str, float]:
+        """From every tenth moment of play, in one context each."""
+        history, starts = dynamics.HISTORY, range(0, codes.shape[2] - 12, 10)
+        actions = torch.tensor([self._splits['play_valid'].episode(i)['actions']
+                                for i in range(len(codes))], device=codes.device)
+        predicted, truth, before = [], [], []
+        for start in starts:
+            now = start + history - 1
+            ahead = dynamics.rollout(codes[:, 0, start:now + 1], actions[:, now:now + num_steps])
+            predicted.append(ahead[:, :, -1].mean(0))
+            truth.append(poses[:, 0, now + num_steps])
+            before.append(poses[:, 0, now])
+        truth, before = np.concatenate(truth), np.concatenate(before)
+        moved = self._errors(read(torch.cat(predicted)), truth)
+        still = self._errors(self._vectors(before), truth)
+        return {'open_loop': float(np.median(moved, axis=0).max()),
+                'open_loop_still': float(np.median(still, axis=0).max())}
 
 
 def ssim_map(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -183,17 +358,58 @@ def ssim_map(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
             / ((mean_x ** 2 + mean_y ** 2 + c1) * (variances + c2))).mean(1)
 
 
-def update(model: ContextTranslator, optimizer, batch: list[torch.Tensor], autocast, cfg
-           ) -> dict[str, torch.Tensor]:
-    """One step on a batch of `PairSampler` -> its losses."""
-    with autocast:
-        loss, metrics = model.losses(*batch, **cfg.weights)
+def update(loss: torch.Tensor, module: nn.Module, optimizer, lr: float, max_grad_norm: float):
+    """One step of Adam."""
+    for group in optimizer.param_groups:
+        group['lr'] = lr
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     # Batches differ: without this, one that is far off can undo all before it.
-    nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
     optimizer.step()
-    return metrics
+
+
+def check_settings(cfg):
+    """Raises: UserError for numbers with which there is no run."""
+    utils.require_at_least(cfg, 0, 'seed')
+    utils.require_at_least(cfg, 1, 'num_train_steps', 'batch_size', 'frames_per_clip', 'log_every',
+                           'eval_every', 'snapshot_every', 'num_eval_clips')
+    utils.set_precision(cfg.precision)
+    weights = cfg.weights
+    for name, share in (('weights.foreground', weights.foreground), ('play_share', cfg.play_share)):
+        if not 0 <= share <= 1:
+            raise UserError(f'{name}={share} is no share: set it in [0,1].')
+    losses = [weights[name] for name in ('trans', 'rec', 'align')]
+    if min(losses) < 0 or not any(losses):
+        raise UserError('weights of trans, rec and align must be positive, or 0 to leave one out, '
+                        'but not all 0: set weights.trans=1.')
+    if cfg.model.code_dim is None:
+        return
+    utils.require_at_least(cfg.code, 1, 'num_steps')
+    utils.require_at_least(cfg.code, 2, 'batch_size')
+    utils.require_at_least(cfg.code, Dynamics.HISTORY + 1, 'window')
+    if min(cfg.code.weights.values()) < 0:
+        raise UserError('code.weights must be positive, or 0 to leave one out.')
+
+
+def open_splits(cfg) -> dict[str, video.Clips]:
+    """The dataset's splits, those of play where any of it is asked for.
+
+    Raises: UserError where one is missing, or drawn otherwise than pictures are here.
+    """
+    root, splits = Path(cfg.data_dir), ['train', 'valid']
+    if cfg.play_share or cfg.model.code_dim:
+        splits += ['play', 'play_valid']
+    clips = {}
+    for name in splits:
+        clips[name] = video.Clips(root / name, cfg.task_name,
+                                  clips['train'].meta['im_size'] if clips else None)
+        dmc.require_same_videos(clips[name].root, clips[name].meta)
+    num_frames = clips['train'].meta['episode_len'] + 1
+    if cfg.model.code_dim and cfg.code.window > num_frames:
+        raise UserError(f'{root} holds clips of {num_frames} frames: set code.window={num_frames} '
+                        'or less.')
+    return clips
 
 
 def train(cfg, work_dir: Path):
@@ -201,85 +417,129 @@ def train(cfg, work_dir: Path):
 
     Raises: UserError for bad settings or data, before anything is written.
     """
-    utils.require_at_least(cfg, 0, 'seed')
-    utils.require_at_least(cfg, 1, 'num_train_steps', 'batch_size', 'frames_per_clip', 'log_every',
-                           'eval_every', 'snapshot_every', 'num_eval_clips')
-    utils.set_precision(cfg.precision)
-    weights = OmegaConf.to_container(cfg.weights)
-    if not 0 <= weights['foreground'] <= 1:
-        raise UserError(f"weights.foreground={weights['foreground']} is no share: set it in [0,1].")
-    losses = [weights[name] for name in ('trans', 'rec', 'align')]
-    if min(losses) < 0 or not any(losses):
-        raise UserError('weights of trans, rec and align must be positive, or 0 to leave one out, '
-                        'but not all 0: set weights.trans=1.')
+    check_settings(cfg)
     device = utils.pick_device(cfg.device)
-    root = Path(cfg.data_dir)
-    clips = video.Clips(root / 'train', cfg.task_name)
-    sampler = PairSampler(clips, cfg.pairs, cfg.frames_per_clip, cfg.augment_mirror,
-                          cfg.augment_colours, cfg.seed)
+    splits = open_splits(cfg)
+    clips = splits['train']
+    num_play = round(cfg.play_share * cfg.batch_size)
+    samplers = {name: PairSampler(splits[name], cfg.pairs, cfg.frames_per_clip, cfg.augment_mirror,
+                                  cfg.augment_colours, cfg.seed)
+                for name, num in (('train', cfg.batch_size - num_play), ('play', num_play)) if num}
     utils.prepare_cpu()
     utils.set_seed_everywhere(cfg.seed)
     model_args = {**OmegaConf.to_container(cfg.model), 'im_size': clips.meta['im_size']}
+    if cfg.model.code_dim:
+        model_args['action_dim'] = len(splits['play'].episode(0)['actions'][0])
     model = ContextTranslator(**model_args).to(device)
-    valid_clips = video.Clips(root / 'valid', cfg.task_name, model.im_size)
-    for each in (clips, valid_clips):
-        dmc.require_same_videos(each.root, each.meta)
-    examination = Examination(valid_clips, clips, cfg.pairs, cfg.num_eval_clips, device)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    evaluator = Evaluator(splits['valid'], clips, cfg.pairs, cfg.num_eval_clips, device)
+    optimizers = {'translator': torch.optim.Adam(model.image_parameters(), fused=True)}
+    num_steps = cfg.num_train_steps
+    if model.code:
+        optimizers['code'] = torch.optim.Adam(model.code.parameters(), fused=True)
+        num_steps += cfg.code.num_steps
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == 'bf16')
 
-    made_by = {'weights': weights, 'expert_sha256': clips.meta['expert_sha256'],
-               'num_clips': len(clips), 'videos': clips.meta['versions'],
-               'quality': clips.meta['quality'],
-               **{key: cfg[key] for key in ('seed', 'pairs', 'batch_size', 'frames_per_clip',
-                                            'augment_mirror', 'augment_colours', 'precision')}}
+    made_by = {'weights': OmegaConf.to_container(cfg.weights),
+               'code': OmegaConf.to_container(cfg.code) if model.code else None,
+               'expert_sha256': clips.meta['expert_sha256'],
+               'num_clips': len(clips), 'num_play': len(splits.get('play', ())),
+               'videos': clips.meta['versions'], 'quality': clips.meta['quality'],
+               **{key: cfg[key] for key in (
+                   'seed', 'recipe', 'pairs', 'num_train_steps', 'batch_size', 'frames_per_clip',
+                   'play_share', 'augment_mirror', 'augment_colours', 'precision')}}
+    made = {'model_args': model_args, 'made_by': made_by}
     path, best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'
-    step, best, elapsed = 0, float('inf'), 0.0
+    step, best, elapsed, scores = 0, float('inf'), 0.0, {}
     if utils.newest_snapshot(path):
         state = utils.load_snapshot(path, 'translator', cfg.task_name, remedy='start a new run')
         utils.check_same_run(work_dir, {**state['model_args'], **state['made_by']},
                              {**model_args, **made_by})
         model.load_state_dict(state['model'])
-        optimizer.load_state_dict(state['optimizer'])
-        sampler.rng.bit_generator.state = state['sampler']
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state['optimizers'][name])
+        for name, sampler in samplers.items():
+            sampler.rng.bit_generator.state = state['samplers'][name]
         step, best, elapsed = state['step'], state['best'], state['elapsed']
+        scores = state['scores']
         utils.set_rng_states(state['rng'])
     timer = utils.Timer(elapsed)
-    logger = Logger(work_dir, cfg.num_train_steps, 'step', step, cfg.use_tb)
-    made = {'model_args': model_args, 'made_by': made_by}
+    logger = Logger(work_dir, num_steps, 'step', step, cfg.use_tb)
+    windows = None
 
-    while step < cfg.num_train_steps:
-        # draw pairs of clips
-        batch = [part.to(device, non_blocking=True) for part in sampler.sample(cfg.batch_size)]
-        # one step of Adam
-        for group in optimizer.param_groups:
-            group['lr'] = utils.schedule(cfg.lr, step)
-        metrics = update(model, optimizer, batch, autocast, cfg)
+    while step < num_steps:
+        if step < cfg.num_train_steps:
+            # draw pairs of clips, of demonstrations and of play
+            pairs = [sampler.sample(num_play if name == 'play' else cfg.batch_size - num_play)
+                     for name, sampler in samplers.items()]
+            batch = [torch.cat(part).to(device, non_blocking=True)
+                     for part in zip(*pairs, strict=True)]
+            with autocast:
+                loss, metrics = model.losses(*batch, **cfg.weights)
+            update(loss, model, optimizers['translator'], utils.schedule(cfg.lr, step),
+                   cfg.max_grad_norm)
+        else:
+            # fit the code to the features of the best translator
+            if windows is None:
+                if step == cfg.num_train_steps:
+                    at_best = utils.load_snapshot(best_path, 'translator', cfg.task_name)
+                    model.load_state_dict(at_best['model'])
+                    scores = at_best['scores']
+                windows = FeatureWindows(model, splits, cfg.code.window, autocast)
+                if step == cfg.num_train_steps:
+                    model.code.fit_scales(*windows.all())
+            loss, metrics = model.code.losses(*windows.sample(cfg.code.batch_size),
+                                              **cfg.code.weights)
+            update(loss, model.code, optimizers['code'],
+                   utils.schedule(cfg.code.lr, step - cfg.num_train_steps), cfg.max_grad_norm)
         step += 1
         logger.log_metrics(metrics, step)
 
-        last = step == cfg.num_train_steps
-        snapshot_now = last or step % cfg.snapshot_every == 0
+        translated, last = step == cfg.num_train_steps, step == num_steps
+        snapshot_now = translated or last or step % cfg.snapshot_every == 0
         # with each snapshot too: means over steps before and after it would not survive a kill
         if snapshot_now or step % cfg.log_every == 0:
             logger.log_metrics({'total_time': timer.total()}, step)
             logger.dump(step)
-        if last or step % cfg.eval_every == 0:
-            scores, images = examination(model, weights['foreground'], autocast)
-            logger.log_metrics({**scores, **examination.baselines}, step, 'eval')
+        if step <= cfg.num_train_steps and (translated or step % cfg.eval_every == 0):
+            now, images = evaluator(model, cfg.weights.foreground, autocast)
+            logger.log_metrics({**now, **evaluator.baselines}, step, 'eval')
             logger.dump(step, 'eval')
             video.save(work_dir / f'eval_video/{step}.mp4',
-                       examination.film(images, cfg.num_eval_videos))
-            if scores['trans'] < best:
-                best = scores['trans']
+                       evaluator.film(images, cfg.num_eval_videos))
+            if now['trans'] < best:
+                best, scores = now['trans'], now
                 utils.save_snapshot(best_path, 'translator', cfg.task_name, {
                     **made, 'model': model.state_dict(), 'step': step, 'scores': scores})
+        elif last:
+            scores = scores | measure_code(model, splits, autocast)
+            logger.log_metrics({**scores, **evaluator.baselines}, step, 'eval')
+            logger.dump(step, 'eval')
+            utils.save_snapshot(best_path, 'translator', cfg.task_name, {
+                **made, 'model': model.state_dict(), 'step': step, 'scores': scores})
         if snapshot_now:
             utils.save_snapshot(path, 'translator', cfg.task_name, {
-                **made, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
-                'sampler': sampler.rng.bit_generator.state, 'step': step, 'best': best,
-                'elapsed': timer.total(), 'rng': utils.get_rng_states()})
+                **made, 'model': model.state_dict(),
+                'optimizers': {name: optimizer.state_dict()
+                               for name, optimizer in optimizers.items()},
+                'samplers': {name: sampler.rng.bit_generator.state
+                             for name, sampler in samplers.items()},
+                'step': step, 'best': best, 'scores': scores, 'elapsed': timer.total(),
+                'rng': utils.get_rng_states()})
     logger.close()
+
+
+def measure_code(model: ContextTranslator, splits: dict[str, video.Clips], autocast
+                 ) -> dict[str, float]:
+    """The code's scores, see `PoseProbe`."""
+    def encode(frames: torch.Tensor) -> torch.Tensor:
+        with autocast:
+            z = model.encode(frames)
+        return model.code(z)
+    device = next(model.parameters()).device
+    model.eval()
+    scores = PoseProbe(splits, device=device)(encode, model.code.dynamics)
+    model.train()
+    return scores
 
 
 @utils.main('train_ct')

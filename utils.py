@@ -345,7 +345,7 @@ def slim(source: str | Path, target: str | Path):
     """
     payload = load_snapshot(source, None, remedy='choose another')
     keep = ('format', 'kind', 'task', 'versions', 'command', 'machine', 'made_by', 'agent_args',
-            'model_args', 'global_step', 'elapsed')
+            'model_args', 'scores', 'global_step', 'elapsed')
     slimmed = {key: payload[key] for key in keep if key in payload}
 
     def halved(weights: dict) -> dict:

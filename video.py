@@ -75,6 +75,16 @@ def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str],
                            for panel in panels], axis=2)
 
 
+def mse(image: np.ndarray, other: np.ndarray) -> float:
+    """The mean squared difference of uint8 images that broadcast against each other, in [0, 1]."""
+    return float(np.mean((image.astype(np.float32) - other) ** 2)) / 255 ** 2
+
+
+def psnr(error: float) -> float:
+    """A mean squared error of pixels in [0, 1] -> dB, at most 100; nan stays nan."""
+    return float(-10 * np.log10(max(error, 1e-10)))
+
+
 def _caption(label: str, width: int) -> np.ndarray:
     """White on black, uint8 (CAPTION, width, 3)."""
     strip = np.zeros((CAPTION, width, 3), np.uint8)
