@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from dm_env import specs
 
 import dmc
+import utils
 import video
 from ct_model import ContextTranslator, mlp, to_uint8
 from drqv2 import DrQV2Agent
@@ -138,7 +139,7 @@ class Demonstrations:
     @torch.no_grad()
     def translate(self, i: int, sources: list[int], first: np.ndarray, images: bool = False
                   ) -> Translation:
-        """Demonstration i as it would go from `first` on: the mean over its source contexts.
+        """Demonstration i translated into the context of `first`: the mean over its sources.
 
         Args:
           first: uint8 (H, W, 3), the agent's first image.
@@ -318,8 +319,8 @@ class ACAgent(DrQV2Agent):
                  lookahead: list[int], reward_scale: float | None = 0.1, time_power: float = 0.0,
                  w_feature: float = 1.0, w_critic: float = 1.0, w_clone: float = 0.0,
                  max_shift: int = 0, num_pretrain_updates: int = 0, relabel: float = 0.0,
-                 hindsight: float = 0.0, demos: torch.Tensor | None = None,
-                 play: Play | None = None, **drqv2_args):
+                 hindsight: float = 0.0, lr: float | str = 1e-4, hidden_dim: int = 512,
+                 demos: torch.Tensor | None = None, play: Play | None = None, **drqv2_args):
         """
         Args:
           obs_shape: (n,), of the flat observation.
@@ -328,10 +329,12 @@ class ACAgent(DrQV2Agent):
           w_critic, w_clone: of the critic's value and of cloning in the actor's loss; 0: without.
           max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly.
             The agent is seldom exactly on time.
-          num_pretrain_updates: cloning updates on play alone before the first of the others.
-          relabel: the share of transitions that get targets of others. Above 0 it takes the target
-            of the next step first in `lookahead`, and 1-step returns; so does
-          hindsight: the share whose targets are what the agent achieved.
+          num_pretrain_updates: cloning updates on play alone, before the first of the others.
+          lr: as in `DrQV2Agent`, or a schedule over agent steps, see `utils.schedule`.
+          relabel: the share of transitions that get targets of others.
+          hindsight: the share whose targets are what the agent achieved. Both take 1 as the first
+            of `lookahead`, and 1-step returns.
+          hidden_dim: of actor, critic and inverse model.
           demos: float32 (N, T+1, D), to be cloned.
           drqv2_args: see `DrQV2Agent`.
         """
@@ -340,11 +343,13 @@ class ACAgent(DrQV2Agent):
         self._w_critic, self._w_clone, self._max_shift = w_critic, w_clone, max_shift
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
         self._relabel, self._hindsight = relabel, hindsight
-        super().__init__(obs_shape, action_dim, **drqv2_args)
+        super().__init__(obs_shape, action_dim, lr=utils.schedule(lr, 0), hidden_dim=hidden_dim,
+                         **drqv2_args)
+        self._lr_schedule = lr
         if w_clone:
             in_dim = feature_dim_of_frame * (num_frames + self.NUM_AHEAD)
-            self.inverse = mlp(in_dim, self.hidden_dim, action_dim).to(self.device)
-            self.inverse_opt = torch.optim.Adam(self.inverse.parameters(), lr=self.lr, fused=True)
+            self.inverse = mlp(in_dim, hidden_dim, action_dim).to(self.device)
+            self.inverse_opt = torch.optim.Adam(self.inverse.parameters(), fused=True)
             self._parts = (*self._parts, 'inverse', 'inverse_opt')
             if demos is not None:
                 self._demos = demos.to(self.device)
@@ -365,6 +370,10 @@ class ACAgent(DrQV2Agent):
         if step % self.update_every_steps:
             return {}
         metrics = {}
+        for name in self._parts:
+            if name.endswith('_opt'):
+                for group in getattr(self, name).param_groups:
+                    group['lr'] = utils.schedule(self._lr_schedule, step)
         if self._w_clone:
             if not self._num_updates:
                 for _ in range(self._num_pretrain_updates):
@@ -393,8 +402,8 @@ class ACAgent(DrQV2Agent):
         return self.inverse(seen.flatten(1)).tanh()
 
     def _own_moments(self, replay_buffer, batch_size: int):
-        """-> history, later and action of `batch_size` of the agent's own steps, as many from play
-        as there are in all steps."""
+        """-> history, later and action of `batch_size` of the agent's own steps, from play and
+        replay in proportion to their sizes."""
         num_play = self._play.actions.shape[0] * self._play.actions.shape[1]
         num_own = len(replay_buffer) if replay_buffer is not None else 0
         n = round(batch_size * num_play / (num_play + num_own))
@@ -430,13 +439,13 @@ class ACAgent(DrQV2Agent):
             label = self._infer_actions(history, later)
         shift = torch.randint(-self._max_shift, self._max_shift + 1, (batch_size,),
                               device=self.device)
-        targets = layout.targets(demos[i], steps + shift)
-        left = torch.rand(batch_size, 1, device=self.device)  # what to do is not the clock's to say
+        targets = self._moments(demos, i, steps + shift, list(layout.lookahead))
+        left = torch.rand(batch_size, 1, device=self.device)  # actions must not depend on the clock
         features = self.encoder(layout.join(history, targets, left))
         return action_loss(self.actor(features, 0.0).mean, label)
 
     def update_clone(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """The actor alone, where there is no critic."""
+        """One update of the actor by cloning alone."""
         return self.step_actor(self._w_clone * self.clone_loss(batch_size))
 
     # --------------------------------------------------------------------------------- critic

@@ -135,8 +135,8 @@ def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
 class Dynamics(nn.Module):
     """An ensemble that predicts the next code from the last HISTORY codes and the action.
 
-    Each member is an MLP and predicts the change beyond the last one. Members start differently
-    and see the same data; their spread tells where they know nothing (Chua et al. 2018).
+    Each member is an MLP that predicts how the next change differs from the last one. Members start
+    differently and see the same data (Chua et al. 2018).
     """
 
     HISTORY = 3  # codes: a pose, its velocity and acceleration
@@ -192,8 +192,8 @@ class PoseCode(nn.Module):
     - `dynamics` predicts the code over several steps from the agent's actions, and `inverse` reads
       the action out of it, so that distances follow what the agent can do.
 
-    What is predicted of z1 are linear discriminants: the directions that vary most within clips for
-    the disagreement between contexts.
+    What is predicted of z1 are linear discriminants: the directions with the largest ratio of
+    variance within clips to disagreement between contexts.
     """
 
     def __init__(self, z_dim: int, code_dim: int, action_dim: int, num_targets: int = 32,

@@ -95,8 +95,8 @@ class Camera:
     """Films a physics into `im_size` x `im_size` RGB; one OpenGL context for the whole process.
 
     The buffer has the image's size and everything is kept between frames; otherwise the picture
-    is the suite's but for SHADOW_SIZE and `facets`. With a painter it can be in a context, which is
-    painted on for the moment of the render only: the physics never notices.
+    is the suite's but for SHADOW_SIZE and `facets`. With a painter it can be in a visual context,
+    which is applied only while rendering.
 
     Raises: UserError where no OpenGL works.
     """

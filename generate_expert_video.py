@@ -75,7 +75,7 @@ def draw_episode(seed: int, split: str, i: int, num_contexts: int, scenery: dict
                                    for _ in range(num_contexts)])
 
 
-class Play:
+class RandomPlay:
     """Random actions that are correlated over time, for one episode.
 
     A first-order autoregressive process, clipped to [-1, 1]. Its correlation time, log-uniform in 1
@@ -101,7 +101,7 @@ def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: 
     """Film one episode from its start, with a camera for each context.
 
     Args:
-      agent: acts deterministically: an expert, or `Play`.
+      agent: an expert, which acts without noise, or `RandomPlay`.
       cameras: `render(context)` -> uint8 (H, W, 3), each with its own, so that textures are
         uploaded once an episode; looks: their contexts.
 
@@ -140,15 +140,15 @@ class Studio:
         cfg, root, kind = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
         episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
         agent = (self.agent if kind.actor == 'expert'
-                 else Play(episode_seed, self.env.action_spec().shape))
+                 else RandomPlay(episode_seed, self.env.action_spec().shape))
         frames, happened = film(self.env, agent, self.cameras, cfg.episode_len, episode_seed,
                                 list(looks))
         if i < NUM_PREVIEWS:
             labels = [f'{kind.contexts} context {c}' for c in range(len(frames))]
             video.save(root / f'preview_{i:05d}.mp4', video.side_by_side(frames, labels), self.fps)
-        if kind.actor == 'expert':  # whose actions nobody is to know
+        if kind.actor == 'expert':  # its actions are never stored
             kept = {'expert_return': sum(happened['rewards']), 'rewards': happened['rewards']}
-        else:  # what play is rewarded is not for the agent to know
+        else:  # no task reward
             kept = {'actions': happened['actions']}
         video.write_episode(root, i, frames, {
             'episode_seed': episode_seed, **kept, 'qpos': happened['qpos'],
@@ -157,7 +157,7 @@ class Studio:
 
 def start_worker(cfg):
     global studio
-    # Opened with the first episode: an error in here would lose its sentence.
+    # Built lazily: an exception in a pool's initializer surfaces only as BrokenProcessPool.
     studio = functools.cache(functools.partial(Studio, cfg))
     torch.set_num_threads(1)
     # Ctrl-C reaches the main process, which lets begun episodes be finished.
@@ -307,8 +307,9 @@ def main(cfg):
             returns = [clips.episode(i)['expert_return'] for i in range(len(clips))]
             line += f'; return {np.mean(returns):.4g} +- {np.std(returns):.2g}'
         print(line)
+    recipe = '' if cfg.num_play and cfg.num_play_valid else ' recipe=liu2017'
     print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\n'
-          f'next: python train_ct.py task={cfg.task_name} data_dir={cfg.out_dir}')
+          f'next: python train_ct.py task={cfg.task_name} data_dir={cfg.out_dir}{recipe}')
 
 
 if __name__ == '__main__':

@@ -3,7 +3,6 @@
 The loop is train.py's `Workspace`; here stands what it is given, all of it from ac_agent.py:
 demonstrations with the translator at work on them, the imitation environment and the `ACAgent`.
 """
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,10 @@ from ac_agent import ACAgent, Demonstrations, Imitation, Layout, Play, Reward
 from ct_model import ContextTranslator
 from train import Workspace, check_action_repeat, check_settings
 from utils import UserError
+
+# Scores of a translator with which imitation has worked, and 1 where more is better, -1 where less.
+WORKED = {'agreement': (0.01, -1), 'agreement_play': (0.015, -1), 'rank': (0.3, 1),
+          'rank_play': (0.35, 1), 'probe_gross': (0.01, -1), 'probe_gross_play': (0.05, -1)}
 
 
 def act_as_often(cfg, source: str | Path, action_repeat: int):
@@ -41,7 +44,7 @@ def film_demonstrations(cfg, im_size: int):
     command = [sys.executable, str(Path(__file__).parent / 'generate_expert_video.py'),
                f'task={cfg.task_name}', f'snapshot={cfg.expert}', f'out_dir={cfg.data_dir}',
                f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}',
-               f'num_play={cfg.num_play}', 'num_play_valid=0',
+               f'num_play={cfg.num_play if cfg.w_clone else 0}', 'num_play_valid=0',
                f'im_size={im_size}', f'seed={cfg.seed}']
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)
@@ -73,11 +76,17 @@ def check_all_settings(cfg):
     """Raises: UserError for settings with which there is no run."""
     check_settings(cfg)
     utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames')
-    utils.require_at_least(cfg, 0, 'num_play', 'max_shift', 'num_pretrain_updates')
+    utils.require_at_least(cfg, 0, 'max_shift', 'num_pretrain_updates')
+    utils.require_at_least(cfg, 1 if cfg.w_clone else 0, 'num_play')
     utils.set_precision(cfg.precision)
     for one, other in (('w_feature', 'w_img'), ('w_critic', 'w_clone')):
         if min(cfg[one], cfg[other]) < 0 or not cfg[one] + cfg[other]:
             raise UserError(f'{one} and {other} must not be negative, nor both 0: set {one}=1.')
+    if cfg.w_clone and cfg.recipe == 'liu2017':
+        raise UserError(f'w_clone={cfg.w_clone} takes a pose code, which recipe=liu2017 has not: '
+                        'set w_clone=0.')
+    for key in ('lr', 'stddev_schedule'):
+        utils.schedule(cfg[key], 0)
     if cfg.reward_scale is not None and not cfg.reward_scale > 0:
         raise UserError(f'reward_scale={cfg.reward_scale} must be above 0, or null for a reward '
                         'that does not saturate: set reward_scale=0.1.')
@@ -98,7 +107,10 @@ def check_all_settings(cfg):
 
 
 def load_translator(cfg) -> ContextTranslator:
-    """Raises: UserError where it is missing, was made of other pictures or by another recipe."""
+    """The translator, ready to answer; also prints its scores.
+
+    Raises: UserError where it is missing, was made of other pictures or by another recipe.
+    """
     retrain = f'python train_ct.py task={cfg.task_name}'
     made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name, remedy=retrain)
     dmc.require_same_pictures(cfg.snapshot, made['made_by']['videos'],
@@ -108,8 +120,27 @@ def load_translator(cfg) -> ContextTranslator:
         raise UserError(f"{cfg.snapshot} has {'no' if model.code is None else 'a'} pose code: set "
                         f"recipe={'liu2017' if model.code is None else 'pose_code'}, or {retrain} "
                         f'recipe={cfg.recipe}.')
+    if model.code and 'agreement' not in made.get('scores', {}):
+        raise UserError(f'{cfg.snapshot} has a pose code that was not fitted to the end: go on '
+                        f'with that run, {retrain} hydra.run.dir={Path(cfg.snapshot).parent}.')
     model.load_state_dict(made['model'])
+    if model.code:
+        print(judge_translator(made['scores']))
     return model.only_answer(utils.pick_device(cfg.device), utils.PRECISIONS[cfg.precision])
+
+
+def judge_translator(scores: dict[str, float]) -> str:
+    """A line of the code's scores, and a warning where one is worse than what has worked."""
+    shown = {name: scores[name] for name in (*WORKED, 'probe', 'probe_play', 'open_loop',
+                                             'open_loop_still') if name in scores}
+    bad = [f'{name} {scores[name]:.3g} (has worked with {worked:g})'
+           for name, (worked, sign) in WORKED.items()
+           if name in scores and not sign * scores[name] >= sign * worked]  # nan is bad as well
+    line = 'translator: ' + ', '.join(f'{name} {value:.3g}' for name, value in shown.items())
+    if bad:
+        line += (f"\nwarning: the translator may be too weak to imitate with: {', '.join(bad)}; "
+                 'film more, or train it longer.')
+    return line
 
 
 def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
@@ -127,11 +158,11 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
     for split, limit in limits.items():
         splits[split] = clips = video.Clips(root / split, cfg.task_name, im_size, max_clips=limit)
         dmc.require_same_videos(clips.root, clips.meta)
-    if clips.meta['num_contexts'] < 2:
-        raise UserError(f'{root} shows each episode in one context only; one more is needed for '
-                        f'the agent: python generate_expert_video.py task={cfg.task_name} '
-                        'num_contexts=4 out_dir=<another folder>.')
-    act_as_often(cfg, root, clips.meta['action_repeat'])
+        if clips.meta['num_contexts'] < 2:
+            raise UserError(f'{clips.root} shows each episode in one context only; one more is '
+                            'needed for the agent: python generate_expert_video.py '
+                            f'task={cfg.task_name} num_contexts=4 out_dir=<another folder>.')
+        act_as_often(cfg, clips.root, clips.meta['action_repeat'])
     return splits
 
 
@@ -159,10 +190,12 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True), obs_shape=[layout.size],
                       action_dim=train_env.action_spec().shape[0],
                       feature_dim_of_frame=model.feature_dim)
-    make_agent = ACAgent
-    if cfg.w_clone:
-        make_agent = functools.partial(ACAgent, demos=demos.features(),
-                                       play=encode_play(model, splits['play'], demos.scale))
+
+    def make_agent(**args) -> ACAgent:  # called once all else is checked: it encodes the videos
+        if cfg.w_clone:
+            args |= dict(demos=demos.features(),
+                         play=encode_play(model, splits['play'], demos.scale))
+        return ACAgent(**args)
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot), 'recipe': cfg.recipe,
                'expert_sha256': splits['train'].meta['expert_sha256'], 'num_demos': len(demos),
                'num_play': len(splits.get('play', ())), 'w_img': cfg.w_img, 'scale': demos.scale}

@@ -267,11 +267,13 @@ class PoseProbe:
           encode: uint8 (C, T+1, H, W, 3) -> (C, T+1, D).
           dynamics: `Dynamics` on these features, to be measured open loop.
 
-        Returns: 'agreement', the squared distance of one moment in two contexts over that of two
-          episodes; 'rank', the Spearman correlation of squared distances of features and of poses;
-          'probe' and 'probe_gross', of the joint that is read worst, the median error and the share
-          above 0.3 (rad, or standard deviations); 'open_loop' the former for what `dynamics`
-          predicts 10 steps ahead, and 'open_loop_still' for a pose that does not move.
+        Returns:
+          'agreement': the squared distance of one moment in two contexts over that of two random
+            moments; 'rank': the Spearman correlation of squared distances of features and of poses;
+          'probe', 'probe_gross': of the joint that is read worst, the median error and the share
+            above 0.3 (rad, or standard deviations of a length);
+          'open_loop': the median error for what `dynamics` predicts 10 steps ahead, beside
+            'open_loop_still' for a pose that does not move.
         """
         rng, scores = np.random.default_rng(seed), {}
         codes = {name: self._encode(encode, name) for name in self._splits}
@@ -325,8 +327,11 @@ class PoseProbe:
     @torch.no_grad()
     def _open_loop(self, dynamics, read, codes: torch.Tensor, poses: np.ndarray,
                    num_steps: int = 10) -> dict[str, float]:
-        """From every tenth moment of play, in one context each."""
-        history, starts = dynamics.HISTORY, range(0, codes.shape[2] - 12, 10)
+        """From every tenth moment of play, in one context each; {} where clips are too short."""
+        history = dynamics.HISTORY
+        starts = range(0, codes.shape[2] - history - num_steps + 1, 10)
+        if not starts:
+            return {}
         actions = torch.tensor([self._splits['play_valid'].episode(i)['actions']
                                 for i in range(len(codes))], device=codes.device)
         predicted, truth, before = [], [], []
@@ -375,6 +380,7 @@ def check_settings(cfg):
     utils.require_at_least(cfg, 1, 'num_train_steps', 'batch_size', 'frames_per_clip', 'log_every',
                            'eval_every', 'snapshot_every', 'num_eval_clips')
     utils.set_precision(cfg.precision)
+    utils.schedule(cfg.lr, 0)
     weights = cfg.weights
     for name, share in (('weights.foreground', weights.foreground), ('play_share', cfg.play_share)):
         if not 0 <= share <= 1:
@@ -385,11 +391,18 @@ def check_settings(cfg):
                         'but not all 0: set weights.trans=1.')
     if cfg.model.code_dim is None:
         return
-    utils.require_at_least(cfg.code, 1, 'num_steps')
-    utils.require_at_least(cfg.code, 2, 'batch_size')
-    utils.require_at_least(cfg.code, Dynamics.HISTORY + 1, 'window')
-    if min(cfg.code.weights.values()) < 0:
-        raise UserError('code.weights must be positive, or 0 to leave one out.')
+    code = cfg.code
+    for key, value, minimum in (
+            ('model.code_dim', cfg.model.code_dim, 1), ('code.num_steps', code.num_steps, 1),
+            ('code.batch_size', code.batch_size, 2), ('code.window', code.window,
+                                                      Dynamics.HISTORY + 1)):
+        utils.require_at_least({key: value}, minimum, key)
+    utils.schedule(code.lr, 0)
+    weights = dict(code.weights)
+    if min(weights.values()) < 0 or not any(
+            value for name, value in weights.items() if name != 'noise'):
+        raise UserError('code.weights must be positive, or 0 to leave one out, but not all 0: set '
+                        'code.weights.trans=1.')
 
 
 def open_splits(cfg) -> dict[str, video.Clips]:
@@ -405,10 +418,22 @@ def open_splits(cfg) -> dict[str, video.Clips]:
         clips[name] = video.Clips(root / name, cfg.task_name,
                                   clips['train'].meta['im_size'] if clips else None)
         dmc.require_same_videos(clips[name].root, clips[name].meta)
+        for key in ('num_contexts', 'episode_len', 'action_repeat'):
+            there, here = (clips[split].meta.get(key) for split in ('train', name))
+            if there != here:
+                raise UserError(f'{clips[name].root} was filmed with {key}={here}, but its '
+                                f'neighbour train with {there}: remove it and python '
+                                f'generate_expert_video.py task={cfg.task_name} out_dir={root}, '
+                                'with the options and the expert of train.')
+    if cfg.model.code_dim and clips['train'].meta['num_contexts'] < 2:
+        raise UserError(f'{root} shows each episode in one context, and a pose code takes two: '
+                        f'python generate_expert_video.py task={cfg.task_name} num_contexts=4 '
+                        'out_dir=<another folder>, or set recipe=liu2017.')
     num_frames = clips['train'].meta['episode_len'] + 1
     if cfg.model.code_dim and cfg.code.window > num_frames:
-        raise UserError(f'{root} holds clips of {num_frames} frames: set code.window={num_frames} '
-                        'or less.')
+        raise UserError(f'{root} holds clips of {num_frames} frames, fewer than code.window='
+                        f'{cfg.code.window}: set it lower, but above {Dynamics.HISTORY}, or film '
+                        'longer episodes.')
     return clips
 
 
@@ -421,10 +446,11 @@ def train(cfg, work_dir: Path):
     device = utils.pick_device(cfg.device)
     splits = open_splits(cfg)
     clips = splits['train']
-    num_play = round(cfg.play_share * cfg.batch_size)
+    num_pairs = {'play': round(cfg.play_share * cfg.batch_size)}
+    num_pairs['train'] = cfg.batch_size - num_pairs['play']
     samplers = {name: PairSampler(splits[name], cfg.pairs, cfg.frames_per_clip, cfg.augment_mirror,
                                   cfg.augment_colours, cfg.seed)
-                for name, num in (('train', cfg.batch_size - num_play), ('play', num_play)) if num}
+                for name in ('train', 'play') if num_pairs[name]}
     utils.prepare_cpu()
     utils.set_seed_everywhere(cfg.seed)
     model_args = {**OmegaConf.to_container(cfg.model), 'im_size': clips.meta['im_size']}
@@ -469,8 +495,7 @@ def train(cfg, work_dir: Path):
     while step < num_steps:
         if step < cfg.num_train_steps:
             # draw pairs of clips, of demonstrations and of play
-            pairs = [sampler.sample(num_play if name == 'play' else cfg.batch_size - num_play)
-                     for name, sampler in samplers.items()]
+            pairs = [sampler.sample(num_pairs[name]) for name, sampler in samplers.items()]
             batch = [torch.cat(part).to(device, non_blocking=True)
                      for part in zip(*pairs, strict=True)]
             with autocast:
@@ -482,13 +507,17 @@ def train(cfg, work_dir: Path):
             if windows is None:
                 if step == cfg.num_train_steps:
                     at_best = utils.load_snapshot(best_path, 'translator', cfg.task_name)
-                    model.load_state_dict(at_best['model'])
+                    # but for the code: the run may have been killed after the code's last step
+                    model.load_state_dict({**at_best['model'], **{
+                        name: value for name, value in model.state_dict().items()
+                        if name.startswith('code.')}})
                     scores = at_best['scores']
                 windows = FeatureWindows(model, splits, cfg.code.window, autocast)
                 if step == cfg.num_train_steps:
                     model.code.fit_scales(*windows.all())
             loss, metrics = model.code.losses(*windows.sample(cfg.code.batch_size),
                                               **cfg.code.weights)
+            metrics = {f'code_{name}': value for name, value in metrics.items()}
             update(loss, model.code, optimizers['code'],
                    utils.schedule(cfg.code.lr, step - cfg.num_train_steps), cfg.max_grad_norm)
         step += 1
@@ -548,7 +577,8 @@ def main(cfg):
     train(cfg, work_dir)
     print(f'snapshot: {work_dir / "best.pt"}\n'
           f'next: python utils.py slim {work_dir / "best.pt"} ct/{cfg.task_name}.pt && '
-          f'python train_ac.py task={cfg.task_name} data_dir={cfg.data_dir}')
+          f'python train_ac.py task={cfg.task_name} data_dir={cfg.data_dir}'
+          f"{' recipe=liu2017' if cfg.model.code_dim is None else ''}")
 
 
 if __name__ == '__main__':

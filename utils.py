@@ -67,7 +67,8 @@ def register_tasks(overrides: list[str]):
     for name in tasks - files:
         ConfigStore.instance().store(group='task', name=name, package='_global_',
                                      node={'defaults': ['medium'], 'task_name': name})
-    known = {'task': tasks | files - {'easy', 'medium', 'hard'}, 'obs': {'pixels', 'states'}}
+    known = {'task': tasks | files - {'easy', 'medium', 'hard'}, 'obs': {'pixels', 'states'},
+             'recipe': {'pose_code', 'liu2017'}}
     for override in overrides:
         group, _, values = override.partition('=')
         for name in values.split(',') if group in known else ():
@@ -349,7 +350,7 @@ def slim(source: str | Path, target: str | Path):
     slimmed = {key: payload[key] for key in keep if key in payload}
 
     def halved(weights: dict) -> dict:
-        return {key: value.half() if value.numel() > 2 ** 16 else value
+        return {key: value.half() if value.numel() >= 2 ** 16 else value
                 for key, value in weights.items()}
     if 'agent' in payload:
         slimmed['agent'] = {key: halved(payload['agent'][key]) for key in ('encoder', 'actor')

@@ -2,11 +2,12 @@
 
 A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder for each split:
 
-    videos/<task>/{train,valid}/
+    videos/<task>/{train,valid,play,play_valid}/
         meta.json           what made every episode in here: task, sizes, seed, expert, versions
         episode_00012.npy   uint8 (num_contexts, episode_len + 1, H, W, 3): one episode filmed in
                             every context; frame t is what is seen before action t
-        episode_00012.json  episode_seed, contexts, rewards, expert_return
+        episode_00012.json  episode_seed, contexts, qpos (the pose in each frame, for evaluation
+                            only); of an expert rewards and expert_return, of play actions
         preview_00000.mp4   the first episodes, all contexts side by side: to look at
 
 An episode is there once its json is: the frames are written and renamed first, so a generation
@@ -186,7 +187,8 @@ class Clips:
         self.root = Path(root)
         command = f"python generate_expert_video.py task={task or '<task>'}"
         if not (self.root / 'meta.json').exists():
-            raise UserError(f'there are no demonstration videos in {self.root}: {command}.')
+            raise UserError(f'there are no videos in {self.root}: {command} '
+                            f'out_dir={self.root.parent}.')
         self.meta = meta = read_json(self.root / 'meta.json')
         if meta.get('format') != utils.FORMAT:
             raise UserError(f"{self.root} holds videos of format {meta.get('format')}, not "
@@ -227,7 +229,7 @@ class Clips:
         return frames
 
     def episode(self, i: int) -> dict:
-        """What is known of episode i: index, episode_seed, contexts, rewards, expert_return."""
+        """What is known of episode i, see above: plain values."""
         return self._episodes[i]
 
 

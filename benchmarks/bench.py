@@ -217,14 +217,20 @@ def filming(device, folder) -> Iterator[Row]:
 def translating(device, folder) -> Iterator[Row]:
     cfg = config('train_ct')
     torch.manual_seed(0)
-    model = ct_model.ContextTranslator(**cfg.model).to(device)
-    slow = ct_model.ContextTranslator(**cfg.model)
+    model_args = {**cfg.model, 'code_dim': None}
+    model = ct_model.ContextTranslator(**model_args).to(device)
+    slow = ct_model.ContextTranslator(**model_args)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     slow_optimizer = torch.optim.Adam(slow.parameters(), foreach=False)
     shape = cfg.batch_size, cfg.frames_per_clip, model.im_size, model.im_size, 3
     source, target = (torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(2))
     batch = [part.to(device) for part in (source, target, target[:, 0])]
     autocast = torch.autocast(device.type, torch.bfloat16)
+
+    def step():
+        with autocast:
+            loss, _ = model.losses(*batch, **cfg.weights)
+        train_ct.update(loss, model, optimizer, 1e-3, cfg.max_grad_norm)
 
     def slow_step():
         z3, z, translations, reconstructions = plain.translate(slow, source, target, target[:, 0])
@@ -236,20 +242,21 @@ def translating(device, folder) -> Iterator[Row]:
         slow_optimizer.step()
 
     yield Row(f'translator step, {shape[0]} pairs of {shape[1]} frames', 'clips', len(source),
-              lambda: train_ct.update(model, optimizer, batch, autocast, cfg), slow_step)
+              step, slow_step)
 
 
 def imitating(device, folder) -> Iterator[Row]:
     """Steps of the imitator. As the project that this follows does it, the plain one films 32
     demonstrations anew for each episode (here of an agent that stands still, which takes as long),
-    and translates and decodes them all, with our networks in fp32."""
-    generate_expert_video.generate(studio_cfg(folder / 'demos', num_train=8, num_valid=1))
+    and translates and decodes them all, with our networks in fp32. The update is the same."""
+    generate_expert_video.generate(studio_cfg(folder / 'demos', num_train=8, num_valid=1,
+                                              num_play=4, num_play_valid=0))
     cfg = config('train_ac', f'data_dir={folder}/demos', f'snapshot={ROOT}/ct/{TASK}.pt',
                  *short(device))
     workspace = train_ac.make_workspace(cfg, folder / 'imitation')
     loop = run(workspace, 200)
-    model, horizon = plain.on_cpu(workspace.train_env._translator.model).float(), 50
-    suite, agent = PlainPixels(model.im_size), plain.PlainAgent(workspace.agent)
+    model, horizon = plain.on_cpu(train_ac.load_translator(cfg)).float(), 50
+    suite, agent = PlainPixels(model.im_size), workspace.agent
     action = np.zeros(2, np.float32)
 
     def film(num_frames):
@@ -267,8 +274,7 @@ def imitating(device, folder) -> Iterator[Row]:
             suite.step(action)
             model.encode(torch.from_numpy(suite.frames[-1].transpose(1, 2, 0).copy())[None])
             with torch.enable_grad():
-                batch = workspace.agent.draw(workspace.replay_buffer, cfg.batch_size)
-                agent.update(*(part.cpu() for part in batch))
+                agent.update(workspace.replay_buffer, cfg.batch_size, 0)
 
     yield Row('imitator, beside filming 32 demonstrations an episode', 'steps', 200, loop,
               episode, 3, plain_amount=horizon)

@@ -1,7 +1,12 @@
-"""Environments and translators whose every number a test can work out by hand."""
+"""Environments and demonstrations whose every number a test can work out by hand."""
+from types import SimpleNamespace
+
 import dm_env
 import numpy as np
+import torch
 from dm_env import specs
+
+from ac_agent import Translation
 
 
 class FakeEnv(dm_env.Environment):
@@ -50,35 +55,37 @@ class FakeEnv(dm_env.Environment):
 
 
 class FakeDemos:
-    """Three episodes in three contexts: frame t is t everywhere."""
+    """A fake of `ac_agent.Demonstrations`: three episodes in three contexts, frame t is t all over.
 
-    def __init__(self, length: int):
+    Features are a frame's red and its green; the translation is perfect. `asked` keeps the last
+    request for one: episode, source contexts, whether for images.
+    """
+
+    feature_dim = 2
+
+    def __init__(self, length: int = 4):
         frames = np.arange(length + 1, dtype=np.uint8)[None, :, None, None, None]
         self._frames = np.broadcast_to(frames, (3, length + 1, 8, 8, 3))
+        self.clips = SimpleNamespace(frames=self._frames_of, episode=self._episode)
+        self.asked = None
 
     def __len__(self):
         return 3
 
-    def frames(self, i):
+    def _frames_of(self, i):
         return self._frames
 
-    def episode(self, i):
+    def _episode(self, i):
         return {'episode_seed': 10 + i, 'expert_return': 9.0, 'contexts': [[0.1], [0.2], [0.3]]}
 
-
-class FakeTranslator:
-    """Features are a frame's brightness, twice; the translation is perfect."""
-
-    z_dim, image_var = 2, 0.01
-
     def encode(self, frame):
-        return np.full(2, frame.mean(), np.float32)
+        return torch.tensor(frame.mean((0, 1))[:2], dtype=torch.float32)
 
-    def translate(self, i, sources, first):
-        self.asked = i, tuple(sources)
-        frames = FakeDemos(4).frames(i)[0]
-        self.frames = np.array(frames)
-        return np.stack([self.encode(frame) for frame in frames])
+    def translate(self, i, sources, first, images=False):
+        self.asked = i, tuple(sources), images
+        frames = np.array(self._frames[0])
+        return Translation(torch.stack([self.encode(frame) for frame in frames]),
+                           frames if images else None)
 
-    def decode(self):
-        return self.frames
+    def image_variance(self):
+        return 0.01

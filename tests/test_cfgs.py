@@ -1,10 +1,11 @@
-"""Every script composes with every task, and task files stay what they are: a few lines."""
+"""Every script composes with every task, and task files stay a few lines about DrQ-v2."""
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import dmc
@@ -29,11 +30,91 @@ def cfg_of(script, *overrides):
     return cfg
 
 
-@pytest.mark.parametrize('script', ['train', 'generate_expert_video', 'train_ct', 'train_ac'])
 @pytest.mark.parametrize('task', FILES)
-def test_every_script_composes_with_every_task_file(script, task):
-    assert cfg_of(script, f'task={task}').task_name == task
+def test_every_task_file_composes(task):
+    assert cfg_of('train', f'task={task}').task_name == task
     dmc.split_name(task)
+
+
+@pytest.mark.parametrize('task', [*FILES, *TIERS])
+def test_task_files_speak_of_nothing_but_drqv2(task):
+    """So that what is said of one script holds with each task."""
+    said = OmegaConf.load(CFGS / f'task/{task}.yaml').keys()
+    assert said <= {'defaults', 'task_name', 'drqv2'}
+    assert ('task_name' in said) == (task in FILES)
+
+
+# One of each kind: a tier alone, an exception in each key that a file names, and no file at all.
+KINDS = ['finger_spin', 'reacher_hard', 'walker_run', 'humanoid_walk', 'quadruped_run', 'fish_swim']
+
+
+def own_values(cfg):
+    """All but the task's name and what train.py takes from `drqv2`."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    del values['task_name']
+    values.pop('drqv2')
+    return values
+
+
+@pytest.mark.parametrize('script', ['generate_expert_video', 'train_ct', 'train_ac'])
+@pytest.mark.parametrize('recipe', ['pose_code', 'liu2017'])
+def test_a_task_files_values_of_drqv2_apply_to_train_alone(script, recipe):
+    overrides = [] if script == 'generate_expert_video' else [f'recipe={recipe}']
+    cfgs = {task: cfg_of(script, f'task={task}', *overrides) for task in KINDS}
+    common = [str(own_values(cfg)).replace(task, '<task>') for task, cfg in cfgs.items()]
+    assert len(set(common)) == 1
+    for task, cfg in cfgs.items():
+        assert cfg.task_name == task
+        if script == 'train_ct':
+            assert (cfg.batch_size, cfg.frames_per_clip) == (8, 8)
+            assert cfg.num_train_steps in (6000, 8000)
+            assert cfg.lr == f'linear(1e-3,1e-4,{cfg.num_train_steps})'
+        if script == 'train_ac':
+            assert (cfg.batch_size, cfg.nstep, cfg.replay_buffer_size) == (256, 1, 1_000_000)
+            assert cfg.feature_dim is None and cfg.agent.feature_dim is None
+            assert cfg.agent.lr == cfg.lr == {
+                'pose_code': 'linear(1e-3,1e-4,20000)', 'liu2017': 5e-4}[recipe]
+            assert cfg.num_train_frames == {'pose_code': 40_000, 'liu2017': 100_000}[recipe]
+
+
+@pytest.mark.parametrize('task, changes', [
+    ('finger_spin', {}), ('reacher_hard', {}), ('fish_swim', {}),
+    ('walker_run', {'nstep': 1, 'batch_size': 512}),
+    ('walker_stand', {'nstep': 1, 'batch_size': 512}),
+    ('walker_walk', {'nstep': 1, 'batch_size': 512}),
+    ('humanoid_walk', {'lr': 8e-5, 'feature_dim': 100}),
+    ('quadruped_run', {'replay_buffer_size': 100_000})])
+def test_a_task_files_values_of_drqv2_reach_train(task, changes):
+    cfg = cfg_of('train', f'task={task}')
+    published = {'nstep': 3, 'batch_size': 256, 'replay_buffer_size': 1_000_000, 'lr': 1e-4,
+                 'feature_dim': 50}
+    assert {key: cfg[key] for key in published} == published | changes
+    assert (cfg.agent.lr, cfg.agent.feature_dim) == (cfg.lr, cfg.feature_dim)
+
+
+def test_a_users_word_stands_above_the_task_files():
+    assert cfg_of('train', 'task=walker_run', 'batch_size=64').batch_size == 64
+    assert cfg_of('train', 'task=humanoid_run', 'lr=1e-3').agent.lr == 1e-3
+    cfg = cfg_of('train', 'task=humanoid_run', 'obs=states')  # that of states does as well
+    assert (cfg.num_train_frames, cfg.lr, cfg.agent.feature_dim) == (600_000, 3e-4, None)
+
+
+def test_recipes():
+    """The paper's knows nothing of play and clones nothing."""
+    cfg = cfg_of('train_ct', 'recipe=liu2017')
+    assert (cfg.recipe, cfg.play_share, cfg.model.code_dim) == ('liu2017', 0, None)
+    cfg = cfg_of('train_ct')
+    assert (cfg.recipe, cfg.play_share, cfg.model.code_dim) == ('pose_code', 0.5, 8)
+    assert cfg.code.lr == f'linear(1e-3,1e-5,{cfg.code.num_steps})'
+    cfg = cfg_of('train_ac', 'recipe=liu2017')
+    assert (cfg.recipe, cfg.agent.w_clone, cfg.agent.w_critic) == ('liu2017', 0, 1)
+    assert (cfg.agent.reward_scale, cfg.agent.time_power) == (None, 2)
+    cfg = cfg_of('train_ac')
+    assert (cfg.recipe, cfg.agent.w_clone, cfg.agent.w_critic) == ('pose_code', 1, 0)
+    assert (cfg.agent.reward_scale, cfg.agent.time_power) == (0.1, 0)
+    for script in ('train_ct', 'train_ac'):
+        with pytest.raises(MissingConfigException, match='other'):
+            cfg_of(script, 'recipe=other')
 
 
 @pytest.mark.parametrize('script', ['train', 'generate_expert_video', 'train_ct', 'train_ac'])

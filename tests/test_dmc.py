@@ -9,11 +9,10 @@ import plain
 import pytest
 from absl.testing import absltest, parameterized
 from dm_env import StepType, TimeStep, test_utils
-from fakes import FakeDemos, FakeEnv, FakeTranslator
 
 import contexts
 import dmc
-from utils import UserError
+from utils import UserError, versions
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,11 +33,6 @@ class PixelsContract(Contract):
     def make_action_sequence(self):
         for _ in range(8):
             yield self.environment.action_spec().generate_value()
-
-
-class ImitationContract(Contract):
-    def make_object_under_test(self):
-        return make_imitation()
 
 
 class Scripted(dm_env.Environment):
@@ -165,93 +159,37 @@ def test_gl_backends_are_probed(monkeypatch):
     assert tried == ['egl', 'egl', 'osmesa', 'egl', 'osmesa']
 
 
-# ------------------------------------------------------------------------------------- imitation
-
-def make_imitation(length=4, evaluate=False, **changes):
-    options = dict(im_size=8, num_frames=2, lookahead=[1, 3], time_power=2, w_feature=1.0,
-                   w_img=0.5, evaluate=evaluate) | changes
-    return dmc.Imitation(FakeEnv(length=100), FakeDemos(length), FakeTranslator(), **options)
-
-
-def test_reward_is_maximal_when_the_agent_reproduces_the_targets():
-    """The fake's frames at time t are all t, and so are its targets."""
-    env = make_imitation()
-    env.reset(episode_seed=0)
-    perfect = [env.step(np.zeros(2)).reward for _ in range(4)]
-    assert perfect == [0.0] * 4
-    env.reset(episode_seed=0)
-    env._env._time += 1  # one frame ahead of the demonstration
-    late = [env.step(np.zeros(2)).reward for _ in range(4)]
-    image = 0.5 * (1 / 255) ** 2 / FakeTranslator.image_var
-    np.testing.assert_allclose(late, [-(t / 4) ** 2 * (1.0 + image) for t in (1, 2, 3, 4)])
+def test_pose_is_that_of_the_physics_and_a_copy():
+    env = dmc.make('reacher_hard', im_size=16)
+    env.reset(episode_seed=1)
+    pose = env.qpos()
+    assert pose.dtype == np.float64 and pose.tolist() == env.physics.data.qpos.tolist()
+    before = pose.copy()
+    env.step(np.ones(2, np.float32))
+    np.testing.assert_array_equal(pose, before)
+    assert (env.qpos() != before).any()
 
 
-def test_terms_have_their_weights():
-    for weights in ({'w_feature': 0.0}, {'w_img': 0.0}, {'w_feature': 2.0, 'w_img': 0.0}):
-        env = make_imitation(time_power=0, **weights)
-        env.reset(episode_seed=0)
-        env._env._time += 2
-        weights = dict(w_feature=1.0, w_img=0.5) | weights
-        expected = weights['w_feature'] * 4 + weights['w_img'] * (
-            (2 / 255) ** 2 / FakeTranslator.image_var)
-        assert env.step(np.zeros(2)).reward == pytest.approx(-expected)
+@pytest.mark.parametrize('task, joints', [
+    ('reacher_hard', ['hinge', 'hinge']),
+    ('cartpole_swingup', ['slide', 'hinge']),
+    ('cheetah_run', ['travel', 'slide', *['hinge'] * 7]),
+    ('walker_run', ['slide', 'travel', *['hinge'] * 7]),
+    ('quadruped_run', [*['other'] * 7, *['hinge'] * 16])])
+def test_every_number_of_a_pose_has_its_kind(task, joints):
+    env = dmc.make(task, obs='states')
+    assert env.joints() == joints
+    assert env.qpos().shape == (len(joints),)
 
 
-def test_observation_holds_frames_targets_ahead_and_time_left():
-    env = make_imitation(length=4)
-    obs = env.reset(episode_seed=0).observation
-    np.testing.assert_allclose(obs, [0, 0, 0, 0, 1, 1, 3, 3, 1.0])
-    env.step(np.zeros(2))
-    obs = env.step(np.zeros(2)).observation
-    np.testing.assert_allclose(obs, [2, 2, 1, 1, 3, 3, 4, 4, 0.5])  # the last target stays
-    assert obs.dtype == np.float32
-
-
-def test_horizon_ends_the_sum_and_the_clock_is_observed():
-    env = make_imitation(length=4)
-    time_step = env.reset(episode_seed=0)
-    for step in range(1, 5):
-        assert not time_step.last()
-        time_step = env.step(np.zeros(2))
-        assert time_step.observation[-1] == 1 - step / 4
-    assert time_step.last() and time_step.discount == 0.0
-    assert env.step(np.zeros(2)).first()
-
-
-def test_task_reward_shows_only_in_evaluation():
-    env = make_imitation()
-    env.reset(episode_seed=0)
-    env.step(np.zeros(2))
-    assert env.episode_info == {}
-    env = make_imitation(evaluate=True)
-    time_step, total = env.reset(episode_seed=0), 0.0
-    plain, drawn = FakeEnv(length=100), env._translator.asked[0]
-    plain.reset(episode_seed=FakeDemos(4).episode(drawn)['episode_seed'])
-    while not time_step.last():
-        action = np.full(2, 0.03)
-        time_step, total = env.step(action), total + plain.step(action).reward
-    info = env.episode_info
-    assert info['task_return'] == pytest.approx(total)
-    assert info['expert_return'] == 9.0
-    assert info['random_return'] != info['task_return']
-    assert info['psnr_translation'] > info['psnr_copy_first']
-
-
-def test_the_seed_draws_demonstration_and_context():
-    env = make_imitation()
-    one, two = env.reset(episode_seed=3), env.reset(episode_seed=3)
-    np.testing.assert_array_equal(one.observation, two.observation)
-    drawn = []
-    for seed in range(40):
-        env.reset(episode_seed=seed)
-        drawn.append(tuple(env._translator.asked))
-    assert {i for i, _ in drawn} == {0, 1, 2}
-    assert {sources for _, sources in drawn} == {(1, 2), (0, 2), (0, 1)}  # never the agent's own
-
-
-def test_psnr():
-    assert dmc.psnr(np.full((2, 2), 100, np.uint8), np.full((2, 2), 110, np.uint8)) == (
-        pytest.approx(20 * np.log10(255 / 10)))
+@pytest.mark.parametrize('changes, words', [
+    ({'versions': {'mujoco': '1.0'}}, 'MuJoCo 1.0'), ({'quality': [1, 2, 3]}, r'\[1, 2, 3\]'),
+    ({'quality': None}, 'quality None')])
+def test_videos_that_are_drawn_otherwise_are_refused(changes, words):
+    meta = {'task': 'reacher_hard', 'versions': versions(), 'quality': dmc.CONTEXT_QUALITY}
+    dmc.require_same_videos('videos/train', meta)
+    with pytest.raises(UserError, match=f'videos/train comes from .*{words}.*task=reacher_hard'):
+        dmc.require_same_videos('videos/train', meta | changes)
 
 
 if __name__ == '__main__':

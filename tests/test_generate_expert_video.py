@@ -22,8 +22,9 @@ import video
 from drqv2 import DrQV2Agent
 
 REPO = Path(__file__).parent.parent
-SIZES = ['task=reacher_easy', 'num_train=2', 'num_valid=1', 'num_contexts=2', 'episode_len=5',
-         'im_size=32']
+SIZES = ['task=reacher_easy', 'num_train=2', 'num_valid=1', 'num_play=2', 'num_play_valid=1',
+         'num_contexts=2', 'episode_len=5', 'im_size=32']
+NUMS = {'train': 2, 'valid': 1, 'play': 2, 'play_valid': 1}
 ENV_ARGS = {'obs': 'states', 'action_repeat': 2, 'frame_stack': 3, 'im_size': 84}
 
 
@@ -57,24 +58,69 @@ def contents(folder):
 
 
 def test_dataset_is_whole(dataset, snapshot):
-    assert sorted(contents(dataset)) == [
-        'train/episode_00000.json', 'train/episode_00000.npy', 'train/episode_00001.json',
-        'train/episode_00001.npy', 'train/meta.json', 'train/preview_00000.mp4',
-        'train/preview_00001.mp4', 'valid/episode_00000.json', 'valid/episode_00000.npy',
-        'valid/meta.json', 'valid/preview_00000.mp4']
-    for split, look in (('train', 'seen'), ('valid', 'held_out')):
+    assert sorted(contents(dataset)) == sorted(
+        [f'{split}/meta.json' for split in NUMS]
+        + [f'{split}/{name}' for split, num in NUMS.items() for i in range(num)
+           for name in (f'episode_{i:05d}.json', f'episode_{i:05d}.npy', f'preview_{i:05d}.mp4')])
+    for split, num in NUMS.items():
         clips = video.Clips(dataset / split, task='reacher_easy', im_size=32)
+        look = 'held_out' if split.endswith('valid') else 'seen'
+        actor = 'play' if split.startswith('play') else 'expert'
+        assert len(clips) == num
         assert clips.meta['split'] == split and clips.meta['action_repeat'] == 2
+        assert (clips.meta['contexts'], clips.meta['actor']) == (look, actor)
+        assert clips.meta['joints'] == ['hinge', 'hinge']
         assert clips.meta['expert_sha256'] == utils.sha256(snapshot)
         assert clips.meta['versions'] == utils.versions()
         for i in range(len(clips)):
             episode, frames = clips.episode(i), clips.frames(i)
             assert frames.shape == (2, 6, 32, 32, 3)
             assert (frames[0] != frames[1]).any() and (frames[:, 0] != frames[:, 5]).any()
-            assert len(episode['rewards']) == 5
-            assert episode['expert_return'] == sum(episode['rewards'])
+            assert np.shape(episode['qpos']) == (6, 2)
             for context in episode['contexts']:
                 assert contexts.split_of(np.array(context), clips.meta['scenery']) == look
+
+
+def test_demonstrations_keep_no_actions_and_play_keeps_no_rewards(dataset):
+    always = {'index', 'episode_seed', 'qpos', 'contexts'}
+    for split in NUMS:
+        clips = video.Clips(dataset / split)
+        for i in range(len(clips)):
+            episode = clips.episode(i)
+            if split.startswith('play'):
+                assert episode.keys() == always | {'actions'}
+                assert np.shape(episode['actions']) == (5, 2)
+            else:
+                assert episode.keys() == always | {'rewards', 'expert_return'}
+                assert len(episode['rewards']) == 5
+                assert episode['expert_return'] == sum(episode['rewards'])
+
+
+@pytest.mark.parametrize('split', ['play', 'train'])
+def test_poses_belong_to_the_frames_and_actions_lead_from_one_to_the_next(dataset, snapshot, split):
+    clips = video.Clips(dataset / split)
+    agent, env_args = script.load_expert(snapshot, 'reacher_easy')
+    env = dmc.make('reacher_easy', scenery=clips.meta['scenery'], **env_args)
+    episode, frames = clips.episode(1), clips.frames(1)[0]
+    time_step = env.reset(episode_seed=episode['episode_seed'],
+                          context=np.array(episode['contexts'][0]))
+    for t in range(6):
+        assert env.qpos().tolist() == episode['qpos'][t]
+        assert np.array_equal(env.render(32), frames[t])
+        if t < 5:
+            time_step = env.step(np.array(episode['actions'][t], np.float32) if split == 'play'
+                                 else agent.act(time_step.observation, 0, eval_mode=True))
+
+
+def test_without_play_there_is_no_folder_of_it_and_it_can_follow(dataset, snapshot, tmp_path):
+    options = [f'snapshot={snapshot}', f'out_dir={tmp_path}', 'num_workers=1']
+    script.generate(config(*options, 'num_play=0', 'num_play_valid=0'))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['train', 'valid']
+    demonstrations = contents(tmp_path)
+    assert demonstrations == {name: data for name, data in contents(dataset).items()
+                              if not name.startswith('play')}
+    script.generate(config(*options))
+    assert contents(tmp_path) == contents(dataset)
 
 
 def test_same_dataset_from_two_workers(dataset, snapshot, tmp_path):
@@ -90,6 +136,9 @@ def test_goes_on_where_it_stopped(dataset, snapshot, tmp_path):
     (train / 'episode_00001.json').unlink()  # killed after the frames, before the json
     (train / 'episode_00001.npy').write_bytes(b'of another time')
     (train / '.tmp-episode_00002.npy').write_bytes(b'cut')
+    play = out_dir / 'play'
+    (play / 'episode_00000.json').unlink()
+    (play / 'episode_00000.npy').unlink()
     script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_workers=1'))
     assert contents(out_dir) == contents(dataset)
     now = (train / 'episode_00000.npy').stat()
@@ -98,7 +147,8 @@ def test_goes_on_where_it_stopped(dataset, snapshot, tmp_path):
 
 def test_a_whole_dataset_is_left_alone(dataset, snapshot):
     before = contents(dataset)
-    script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=1'))
+    script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=1',
+                           'num_play=1', 'num_play_valid=0'))
     assert contents(dataset) == before
 
 
@@ -127,19 +177,46 @@ def test_an_episode_can_be_entered_again(dataset, snapshot):
 def test_episodes_are_functions_of_seed_split_and_number():
     scenery = config().scenery
     drawn = {}
-    for split in ('train', 'valid'):
+    for split in NUMS:
+        look = 'held_out' if split.endswith('valid') else 'seen'
         for i in range(50):
             episode_seed, looks = script.draw_episode(1, split, i, 3, scenery)
             assert looks.shape == (3, contexts.DIM)
-            assert {contexts.split_of(look, scenery) for look in looks} == {script.SPLITS[split]}
+            assert {contexts.split_of(each, scenery) for each in looks} == {look}
+            assert episode_seed % 2 == (look == 'held_out')
             drawn[split, i] = episode_seed
-    assert len(set(drawn.values())) == 100 and all(seed < 2**32 for seed in drawn.values())
-    assert {seed % 2 for (split, _), seed in drawn.items() if split == 'train'} == {0}
-    assert {seed % 2 for (split, _), seed in drawn.items() if split == 'valid'} == {1}
+    assert len(set(drawn.values())) == 200 and all(seed < 2**32 for seed in drawn.values())
     again, looks = script.draw_episode(1, 'train', 7, 3, scenery)
     assert again == drawn['train', 7]
     assert np.array_equal(looks[:2], script.draw_episode(1, 'train', 7, 2, scenery)[1])
     assert script.draw_episode(2, 'train', 7, 3, scenery)[0] != again
+
+
+def play_actions(episode_seed, num_steps=50, shape=(2,)):
+    play = script.Play(episode_seed, shape)
+    return np.stack([play.act(None, 0, eval_mode=True) for _ in range(num_steps)])
+
+
+def test_play_is_a_function_of_the_seed():
+    actions = play_actions(3)
+    assert actions.dtype == np.float32 and actions.shape == (50, 2)
+    assert np.array_equal(actions, play_actions(3))
+    assert not np.array_equal(actions, play_actions(4))
+    assert not np.array_equal(actions[:, 0], actions[:, 1])
+    assert play_actions(0, shape=(6,)).shape == (50, 6)
+
+
+def test_play_is_smooth_and_differs_by_episode():
+    """Amplitudes reach from weak to saturated, correlations from one step to fifty."""
+    many = np.stack([play_actions(seed, num_steps=1000)[:, 0] for seed in range(60)])
+    assert (abs(many) <= 1).all() and abs(many.mean()) < 0.05
+    spreads, saturated = many.std(1), (abs(many) == 1).mean(1)
+    assert spreads.min() < 0.35 and spreads.max() > 0.65
+    assert saturated.min() < 0.01 and saturated.max() > 0.4
+    correlations = np.array([np.corrcoef(each[:-1], each[1:])[0, 1] for each in many])
+    assert correlations.min() < 0.6 and correlations.max() > 0.9
+    assert np.median(correlations) > 0.7  # uncorrelated actions have 0
+    assert abs(np.corrcoef(spreads, correlations)[0, 1]) < 0.5  # drawn apart
 
 
 FakeStep = namedtuple('FakeStep', 'observation reward last')
@@ -154,6 +231,9 @@ class FakeEnv:
     def reset(self, episode_seed):
         self.now = episode_seed
         return FakeStep(0, None, lambda: False)
+
+    def qpos(self):
+        return np.array([self.now, -1.0])
 
     def step(self, action):
         self.now += 1
@@ -179,10 +259,12 @@ class FakeCamera:
 def test_film_with_one_camera_for_each_context():
     env = FakeEnv(length=3)  # may end with the clip, not before
     cameras = [FakeCamera(env), FakeCamera(env)]
-    frames, rewards = script.film(env, FakeAgent(), cameras, 3, 5, [[0], [100]])
+    frames, happened = script.film(env, FakeAgent(), cameras, 3, 5, [[0], [100]])
     assert frames[:, :, 0, 0, 0].tolist() == [[5, 6, 7, 8], [105, 106, 107, 108]]
     assert frames.shape == (2, 4, 2, 2, 3) and frames.dtype == np.uint8
-    assert rewards == [10.0, 70.0, 80.0]  # actions are 0 + 1, 6 + 1, 7 + 1
+    assert happened == {'actions': [1, 7, 8], 'rewards': [10.0, 70.0, 80.0],
+                        'qpos': [[5.0, -1.0], [6.0, -1.0], [7.0, -1.0], [8.0, -1.0]]}
+    json.dumps(happened)  # plain numbers
     for camera in cameras:  # the very same object, so that textures are uploaded once
         assert all(look is camera.seen[0] for look in camera.seen)
 
@@ -196,6 +278,7 @@ def test_film_of_an_episode_that_ends_too_early():
 @pytest.mark.parametrize('override, sentence', [
     ('seed=2', 'made with seed=1, not 2: rm -r .*train'),
     ('im_size=64', 'made with im_size=32, not 64'),
+    ('num_contexts=3', 'made with num_contexts=2, not 3'),
     ('scenery.sky.enabled=false', 'made with scenery.sky.enabled=True, not False')])
 def test_other_settings_in_the_same_folder(dataset, snapshot, override, sentence):
     before = contents(dataset)
@@ -215,10 +298,12 @@ def test_episodes_without_their_settings(dataset, snapshot, tmp_path):
     ('snapshot=none.pt', 'no expert at none.pt: python train.py task=reacher_easy'),
     ('task=reacher_hard', 'for task reacher_easy, not reacher_hard'),
     ('num_train=0', 'num_train=0'), ('num_valid=0', 'num_valid=0'),
+    ('num_play=-1', 'num_play=-1'), ('num_play_valid=0.5', 'num_play_valid=0.5'),
     ('num_contexts=0', 'num_contexts=0'), ('episode_len=1', 'episode_len=1'),
     ('num_workers=0', 'num_workers=0'), ('episode_len=501', 'set episode_len=500 or less'),
     ('scenery.sky.value=[1,0]', 'scenery.sky.value'),
-    ('num_train=1_000_000_000_000', 'GiB are free: set num_train')])
+    ('num_train=1_000_000_000_000', 'GiB are free: set num_train'),
+    ('num_play=1_000_000_000_000', 'GiB are free: set num_train')])
 def test_bad_settings_write_nothing(snapshot, tmp_path, override, sentence):
     out_dir = tmp_path / 'videos'
     with pytest.raises(utils.UserError, match=sentence):

@@ -1,3 +1,4 @@
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,124 +7,133 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_cfgs import CFGS
-from test_train import Killed, rows, weights
+from test_train import Killed, rows
 
 import contexts
 import dmc
 import train_ac
 import utils
 import video
-from ac_agent import ACAgent
-from ct_model import ContextTranslator, to_uint8
-from train import Workspace
-from train_ac import DemoTranslator
+from ac_agent import Demonstrations
+from ct_model import ContextTranslator
+from train_ac import WORKED, judge_translator
 from utils import UserError
 
 LENGTH, SIZE = 4, 16
 MADE_BY = {'videos': utils.versions(), 'quality': dmc.CONTEXT_QUALITY}
-MODEL_ARGS = {'im_size': SIZE, 'channels': [4, 4, 4, 4], 'z_dim': 4, 'hidden': 8}
+RECIPES = ['liu2017', 'pose_code']
 
 
 @pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return ContextTranslator(**MODEL_ARGS).eval()
+def recipe():
+    """May be parametrized."""
+    return 'pose_code'
+
+
+@pytest.fixture
+def changes():
+    """Of settings; may be parametrized."""
+    return {}
 
 
 @pytest.fixture
 def data_dir(tmp_path, scenery):
+    return write_videos(tmp_path / 'videos', scenery)
+
+
+def write_videos(folder, scenery, num_contexts=3):
+    """Noise, in contexts that are true."""
     rng = np.random.default_rng(0)
-    for split, kind in (('train', 'seen'), ('valid', 'held_out')):
-        root = tmp_path / 'videos' / split
+    for split, kind in (('train', 'seen'), ('valid', 'held_out'), ('play', 'seen')):
         for i in range(2):
-            video.write_episode(root, i, rng.integers(
-                0, 256, (3, LENGTH + 1, SIZE, SIZE, 3), dtype=np.uint8), {
-                'episode_seed': i, 'expert_return': 5.0, 'rewards': [1.0] * LENGTH,
-                'contexts': [contexts.sample(rng, kind, scenery).tolist() for _ in range(3)]})
-        video.write_json(root / 'meta.json', {
+            frames = rng.integers(0, 256, (num_contexts, LENGTH + 1, SIZE, SIZE, 3), np.uint8)
+            kept = {'train': {'expert_return': 6.0, 'rewards': [1.5] * LENGTH},
+                    'valid': {'expert_return': 5.0, 'rewards': [1.25] * LENGTH},
+                    'play': {'actions': rng.uniform(-1, 1, (LENGTH, 2)).tolist()}}[split]
+            video.write_episode(folder / split, i, frames, {
+                'episode_seed': i, **kept, 'qpos': [[0.0] * 2] * (LENGTH + 1),
+                'contexts': [contexts.sample(rng, kind, scenery).tolist()
+                             for _ in range(num_contexts)]})
+        video.write_json(folder / split / 'meta.json', {
             'format': utils.FORMAT, 'task': 'reacher_hard', 'split': split, 'im_size': SIZE,
-            'episode_len': LENGTH, 'num_contexts': 3, 'action_repeat': 2, 'scenery': scenery,
-            'num_episodes': 2, 'expert_sha256': 'none', 'quality': dmc.CONTEXT_QUALITY,
-            'versions': utils.versions()})
-    return tmp_path / 'videos'
+            'episode_len': LENGTH, 'num_contexts': num_contexts, 'action_repeat': 2,
+            'scenery': scenery, 'num_episodes': 2, 'expert_sha256': 'none',
+            'quality': dmc.CONTEXT_QUALITY, 'versions': utils.versions()})
+    return folder
 
 
-def test_translation_is_the_mean_over_sources_in_the_agents_context(model, data_dir):
-    clips = video.Clips(data_dir / 'train')
-    translator, first = DemoTranslator(model, clips, z_dim=3), np.array(clips.frames(1)[0, 0])
-    features, images = translator.translate(1, [1, 2], first), translator.decode()
-    expected, pictures = [], []
-    with torch.no_grad():
-        for source in (1, 2):
-            context = model.context(torch.from_numpy(first)[None])
-            z1 = model.encode(torch.from_numpy(np.array(clips.frames(1)[source]))[None])
-            z3 = model.translate(z1, context)
-            expected.append(z3[0])
-            pictures.append(model.decode(z3, context)[0])
-    mean, components = map(torch.tensor, translator.basis[:2])
-    np.testing.assert_allclose(features, (sum(expected) / 2 - mean) @ components, atol=1e-3)
-    assert abs(images.astype(int) - to_uint8(sum(pictures) / 2).numpy()).max() <= 1
+def edit(path, **values):
+    video.write_json(path, video.read_json(path) | values)
 
 
-def test_features_are_those_that_vary_most_for_the_error_of_their_translation(model, data_dir):
-    clips = video.Clips(data_dir / 'train')
-    translator = DemoTranslator(model, clips, z_dim=4)
-    frames = [np.array(clips.frames(i)) for i in range(2)]
-    z = np.stack([translator.encode(frame) for i in range(2) for clip in frames[i]
-                  for frame in clip])
-    np.testing.assert_allclose(z.mean(0), 0, atol=1e-2)
-    np.testing.assert_allclose(z.std(0), 1, atol=0.05)
-    error = np.concatenate([
-        translator.translate(i, [c for c in range(3) if c != i], frames[i][i, 0])
-        - np.stack([translator.encode(frame) for frame in frames[i][i]]) for i in range(2)])
-    ratios = (error ** 2).mean(0)  # the variances are 1
-    assert (np.diff(ratios) < 1e-3).all()  # the best come last
-    covariance = error.T @ error / len(error)
-    # what one gets wrong says nothing about the others: none of them could be made better by them
-    np.testing.assert_allclose(covariance - np.diag(ratios), 0, atol=0.05 * ratios.max())
+GOOD = {name: worked for name, (worked, _) in WORKED.items()}  # scores of a translator
 
 
-def test_demonstrations_are_encoded_once(model, data_dir, monkeypatch):
-    translator = DemoTranslator(model, video.Clips(data_dir / 'train'), z_dim=3)
-    translator._encoded.clear()
-    encoded = []
-    encode = model.encode
-    monkeypatch.setattr(model, 'encode', lambda frames: encoded.append(1) or encode(frames))
-    for _ in range(3):
-        translator.translate(0, [1], np.zeros((SIZE, SIZE, 3), np.uint8))
-    assert len(encoded) == 1
+def save_translator(path, recipe, made_by=MADE_BY, **more):
+    torch.manual_seed(0)
+    model_args = {'im_size': SIZE, 'channels': [4, 4, 4, 4], 'z_dim': 4, 'hidden': 8}
+    if recipe == 'pose_code':
+        model_args |= {'code_dim': 3, 'action_dim': 2}
+    model = ContextTranslator(**model_args)
+    if model.code:
+        model.code.fit_scales(torch.randn(9, 2, 4, 4), torch.randn(9, 2, 4))
+        more = {'scores': GOOD, **more}
+    utils.save_snapshot(path, 'translator', 'reacher_hard', {
+        'model_args': model_args, 'model': model.state_dict(), 'made_by': made_by, **more})
 
 
 @pytest.fixture
-def cfg(data_dir):
+def cfg(data_dir, tmp_path, recipe, changes):
+    """Settings of a short run whose translator and videos are there."""
+    save_translator(tmp_path / 'ct.pt', recipe)
     with initialize_config_dir(str(CFGS), version_base='1.3'):
-        return compose('train_ac', [
-            f'data_dir={data_dir}', 'device=cpu', 'use_tb=false', 'save_video=false',
-            'action_repeat=2', 'num_train_frames=160', 'num_seed_frames=20', 'batch_size=8',
-            'eval_every_frames=64', 'num_eval_episodes=2', 'log_every_frames=8',
-            'snapshot_every_frames=48', 'lookahead=[1,2]', 'z_dim=4', 'agent.num_expl_steps=10',
-            'w_img=0.5', 'relabel=0', 'stddev_schedule=1.0'])
+        cfg = compose('train_ac', [
+            f'recipe={recipe}', f'snapshot={tmp_path}/ct.pt', f'data_dir={data_dir}',
+            f'expert={tmp_path}/expert.pt', 'device=cpu', 'use_tb=false', 'save_video=false',
+            'num_train_frames=160', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
+            'num_eval_episodes=2', 'log_every_frames=8', 'snapshot_every_frames=48',
+            'lookahead=[1,2]', 'num_pretrain_updates=5', 'hidden_dim=16',
+            'agent.num_expl_steps=10', 'stddev_schedule=1.0'])
+    cfg.merge_with(changes)
+    return cfg
 
 
-def make_env(cfg, model, split):
-    clips = video.Clips(f'{cfg.data_dir}/{split}')
-    return train_ac.make_env(cfg, clips, DemoTranslator(model, clips, cfg.z_dim), split == 'valid')
-
-
-def make(cfg, model, work_dir, overlap=False):
+def make(cfg, work_dir, overlap=False):
     work_dir.mkdir(exist_ok=True)
-    envs = [make_env(cfg, model, split) for split in ('train', 'valid')]
-    agent_args = dict(obs_shape=[4 * 5 + 1], action_dim=2, z_dim=4, num_frames=3, lookahead=[1, 2],
-                      hidden_dim=16, feature_dim=None, num_expl_steps=10, relabel=0.25,
-                      hindsight=0.5, w_inverse=1.0)
-    return Workspace(cfg, work_dir, 'imitator', *envs, ACAgent, agent_args, {}, overlap)
+    workspace = train_ac.make_workspace(cfg.copy(), work_dir)
+    workspace.overlap = overlap
+    return workspace
+
+
+def agent_state(work_dir):
+    """All that a run's snapshot holds of its agent: path -> tensor or plain value."""
+    def leaves(tree, path=()):
+        if isinstance(tree, (dict, list, tuple)):
+            items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+            return {key: leaf for name, part in items
+                    for key, leaf in leaves(part, (*path, name)).items()}
+        return {path: tree}
+    return leaves(utils.load_snapshot(work_dir / 'snapshot.pt', 'imitator')['agent'])
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key]
+        for key, value in one.items())
+
+
+# ------------------------------------------------------------------------------ runs
+
+# The last also relabels, as its recipe says.
+VARIANTS = [('liu2017', {}), ('pose_code', {}), ('pose_code', {'w_critic': 1.0})]
 
 
 @pytest.mark.parametrize('overlap', [False, True])  # updates in a second thread change nothing
-def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, model, tmp_path, overlap):
-    torch.set_num_threads(1)  # as they have it in a second thread
-    make(cfg, model, tmp_path / 'whole').train()
-    killed = make(cfg, model, tmp_path / 'killed', overlap)
+@pytest.mark.parametrize('recipe, changes', VARIANTS)
+def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, tmp_path, overlap,
+                                                                    recipe):
+    make(cfg, tmp_path / 'whole').train()
+    killed = make(cfg, tmp_path / 'killed', overlap)
     step, taken = killed.train_env.step, []
     def dying_step(action):
         taken.append(action)
@@ -133,48 +143,130 @@ def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, model, 
     killed.train_env.step = dying_step
     with pytest.raises(Killed):
         killed.train()
-    resumed = make(cfg, model, tmp_path / 'killed', overlap)
+    resumed = make(cfg, tmp_path / 'killed', overlap)
     assert 0 < resumed.global_step < 58
     resumed.train()
-    whole, again = (weights(tmp_path / name, 'imitator') for name in ('whole', 'killed'))
-    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    whole, again = (agent_state(tmp_path / name) for name in ('whole', 'killed'))
+    assert same(whole, again)
+    assert whole['num_updates',] > 50
+    assert any(key[0] == 'inverse' for key in whole) == (recipe == 'pose_code')
+    assert any(key[0] == 'inverse_opt' for key in whole) == (recipe == 'pose_code')
     for name in ('train.csv', 'eval.csv'):
         assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
 
 
-def test_a_resumed_run_keeps_its_features(cfg, shipped, tmp_path, monkeypatch):
-    """Worked out again, they could point the other way."""
-    first = train_ac.make_workspace(cfg, tmp_path)
+@pytest.mark.parametrize('recipe', ['liu2017'])  # codes have a scale of their own
+def test_a_resumed_run_keeps_its_features(cfg, tmp_path, monkeypatch):
+    """Worked out again, their scale could differ in the last digits."""
+    first = make(cfg, tmp_path / 'run')
     first.save_snapshot()
-    monkeypatch.setattr(DemoTranslator, '_find_basis', None)
-    again = train_ac.make_workspace(cfg, tmp_path)
-    frame = np.full((SIZE, SIZE, 3), 77, np.uint8)
-    for env in ('train_env', 'eval_env'):
-        np.testing.assert_array_equal(*(getattr(run, env)._translator.encode(frame)
-                                        for run in (first, again)))
+    encode = ContextTranslator.encode
+    monkeypatch.setattr(ContextTranslator, 'encode', lambda self, x: 1.1 * encode(self, x))
+    again = make(cfg, tmp_path / 'run')
+    assert again.made_by['scale'] == first.made_by['scale']
 
 
-def test_the_report_says_how_it_compares(cfg, model, tmp_path):
-    workspace = make(cfg, model, tmp_path / 'run')
+class Deceptive(dmc.Wrapper):
+    """A task whose rewards are nonsense, and whose pose cannot be read."""
+
+    def step(self, action):
+        return self._env.step(action)._replace(reward=-123.0)
+
+    def qpos(self):
+        raise AssertionError('the pose is for evaluation only')
+
+
+@pytest.mark.parametrize('recipe, changes', VARIANTS)
+def test_training_reads_neither_pose_nor_task_reward(cfg, data_dir, tmp_path, monkeypatch, recipe):
+    make(cfg, tmp_path / 'one').train()
+    rng = np.random.default_rng(5)
+    for split in ('train', 'valid', 'play'):
+        for i in range(2):
+            path = video.frames_path(data_dir / split, i).with_suffix('.json')
+            edit(path, qpos=rng.normal(size=(LENGTH + 1, 2)).tolist(),
+                 rewards=rng.normal(size=LENGTH).tolist())
+            if split != 'play':
+                edit(path, expert_return=-77.0)
+    load_suite = dmc.load_suite
+    monkeypatch.setattr(dmc, 'load_suite', lambda *args: Deceptive(load_suite(*args)))
+    other = make(cfg, tmp_path / 'other')
+    other.train()
+    assert other.last_eval['task_return'] == 2 * LENGTH * -123.0  # that the agent was deceived
+    assert other.last_eval['expert_return'] == -77.0
+    assert same(*(agent_state(tmp_path / name) for name in ('one', 'other')))
+    assert rows(tmp_path / 'one/train.csv') == rows(tmp_path / 'other/train.csv')
+
+
+def test_training_reads_pictures_and_the_actions_of_play(cfg, data_dir, tmp_path):
+    """What the test above changes is not just without any effect."""
+    make(cfg, tmp_path / 'one').train()
+    path = video.frames_path(data_dir / 'play', 0).with_suffix('.json')
+    edit(path, actions=np.zeros((LENGTH, 2)).tolist())
+    make(cfg, tmp_path / 'other').train()
+    assert not same(*(agent_state(tmp_path / name) for name in ('one', 'other')))
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_evaluation_has_held_out_videos_and_the_features_of_training(cfg, tmp_path):
+    workspace = make(cfg, tmp_path / 'run')
+    env = workspace.eval_env
+    obs = env.reset(episode_seed=0).observation
+    clips = video.Clips(f'{cfg.data_dir}/valid')
+    demos = Demonstrations(train_ac.load_translator(cfg), clips, workspace.made_by['scale'])
+    first = env.render(SIZE)
+    features = demos.encode(first).numpy()
+    np.testing.assert_array_equal(obs[:len(features)], features)
+    assert any(np.array_equal(obs[3 * len(features):-1],  # of one episode and two of its contexts
+                              demos.translate(i, sources, first).features[1:3].flatten())
+               for i in range(2) for sources in ([1, 2], [0, 2], [0, 1]))
+    assert env.episode_info['expert_return'] == 5.0
+
+
+def test_play_is_encoded_as_demonstrations_are(cfg):
+    model = train_ac.load_translator(cfg)
+    clips = video.Clips(f'{cfg.data_dir}/play')
+    scale = ([0.5, 0.0, 0.0], 2.0)
+    play = train_ac.encode_play(model, clips, scale)
+    assert torch.equal(play.features, Demonstrations(model, clips, scale).features())
+    assert play.features.shape == (2, LENGTH + 1, 3) and play.actions.dtype == torch.float32
+    np.testing.assert_allclose(play.actions, [clips.episode(i)['actions'] for i in range(2)])
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_the_report_says_how_it_compares(cfg, tmp_path):
+    workspace = make(cfg, tmp_path / 'run')
     workspace.train()
     text = train_ac.report(workspace, num_videos=1)
-    assert (tmp_path / 'run/report.md').exists() and (tmp_path / 'run/demo.mp4').exists()
+    assert (tmp_path / 'run/demo.mp4').exists()
+    assert (tmp_path / 'run/report.md').read_text() in text
     result = workspace.last_eval
     assert result['expert_return'] == 5.0
     assert f"| return, imitator | {result['task_return']:.1f} |" in text
     low, high = result['random_return'], result['expert_return']
     score = (result['task_return'] - low) / (high - low)
     assert f'| (imitator - random) / (expert - random) | {score:.2f} |' in text
+    for name, words in (('psnr_translation', 'the translation'),
+                        ('psnr_copy_first', 'copying the first frame')):
+        assert f'| PSNR of {words} | {result[name]:.1f} dB |' in text
 
 
-def test_only_evaluation_logs_the_task_return(cfg, model, tmp_path):
-    make(cfg, model, tmp_path / 'run').train()
+def test_a_report_without_a_span_has_no_score(cfg, tmp_path):
+    """Where the expert is no better than random actions."""
+    workspace = make(cfg, tmp_path / 'run')
+    workspace.eval()
+    workspace.last_eval |= {'expert_return': 0.0, 'random_return': 0.0}
+    assert '(expert - random) | nan |' in train_ac.report(workspace, num_videos=1)
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_only_evaluation_logs_the_task_return(cfg, tmp_path):
+    make(cfg, tmp_path / 'run').train()
     assert 'task_return' in rows(tmp_path / 'run/eval.csv')[0]
     assert not any('return' in column for column in rows(tmp_path / 'run/train.csv')[0])
 
 
-def test_the_agent_starts_where_the_filmed_episode_started(cfg, model):
-    env = make_env(cfg, model, 'train')
+def test_the_agent_starts_where_the_filmed_episode_started(cfg, tmp_path):
+    env = make(cfg, tmp_path / 'run').train_env
     env.reset(episode_seed=3)
     plain = dmc.make('reacher_hard', obs='states')
     starts = []
@@ -186,97 +278,207 @@ def test_the_agent_starts_where_the_filmed_episode_started(cfg, model):
             for state, places in starts].count(True) == 1
 
 
-def test_a_missing_translator_is_told_with_the_command(cfg, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match='python train_ct.py task=reacher_hard'):
-        train_ac.make_workspace(cfg, tmp_path)
+def test_made_by_says_what_it_was_made_of(cfg, tmp_path):
+    made_by = make(cfg, tmp_path / 'run').made_by
+    assert made_by['translator_sha256'] == utils.sha256(cfg.snapshot)
+    assert (made_by['recipe'], made_by['num_demos'], made_by['num_play']) == ('pose_code', 2, 2)
+    cfg.merge_with({'num_demos': 1, 'num_play': 1})
+    made_by = make(cfg, tmp_path / 'other').made_by
+    assert (made_by['num_demos'], made_by['num_play']) == (1, 1)
 
 
-def test_shares_of_a_batch_are_no_more_than_the_batch(cfg, tmp_path):
-    for override in ({'relabel': 0.6, 'hindsight': 0.5}, {'hindsight': -0.1}):
-        cfg.merge_with(override)
-        with pytest.raises(UserError, match='shares'):
-            train_ac.make_workspace(cfg, tmp_path)
+# ------------------------------------------------------------------------------ what is refused
 
-
-@pytest.mark.parametrize('overrides, mend', [
-    ({'relabel': 0.5, 'w_img': 0.5}, 'set relabel=0'),
-    ({'relabel': 0.5, 'w_img': 0, 'lookahead': [2]}, 'set relabel=0'),
-    ({'hindsight': 0.5, 'nstep': 3}, 'set nstep=1'),
-    ({'relabel': 0, 'hindsight': 0}, 'w_inverse=0'), ({'w_inverse': -1}, 'w_inverse=0'),
-    ({'lookahead': []}, r'lookahead=\[1,3'), ({'lookahead': [0, 1]}, r'lookahead=\[1,3'),
-    ({'w_feature': 0, 'w_img': 0}, 'set w_feature=1'),
-    ({'precision': 'fp8'}, 'set precision=fp32')])
-def test_settings_that_do_not_go_together_are_told_before_any_work(cfg, tmp_path, overrides, mend):
-    cfg.merge_with(overrides)
-    with pytest.raises(UserError, match=mend):
-        train_ac.make_workspace(cfg, tmp_path)
+def refused(cfg, tmp_path, words):
+    """Asserts that there is one sentence, and no work."""
+    with pytest.raises(UserError, match=words) as raised:
+        train_ac.make_workspace(cfg, tmp_path / 'run')
+    text = str(raised.value)
+    assert text.endswith('.') and '\n' not in text
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.fixture
-def shipped(cfg, model, tmp_path):
-    """A translator where `cfg` looks for it; -> writes it, made by what it is given."""
-    cfg.snapshot = str(tmp_path / 'ct.pt')
+def no_filming(monkeypatch):
+    """-> commands that were to be run; each fails with 3."""
+    commands = []
+    def run(command, check):
+        commands.append(command)
+        return SimpleNamespace(returncode=3)
+    monkeypatch.setattr(subprocess, 'run', run)
+    return commands
 
-    def write(made_by):
-        utils.save_snapshot(cfg.snapshot, 'translator', cfg.task_name, {
-            'model_args': MODEL_ARGS, 'model': model.state_dict(), 'made_by': made_by})
-    write(MADE_BY)
-    return write
+
+@pytest.mark.parametrize('overrides, words', [
+    ({'relabel': 0.6, 'hindsight': 0.5}, 'shares of one batch'),
+    ({'hindsight': -0.1}, 'shares of one batch'), ({'relabel': -0.1}, 'shares of one batch'),
+    ({'w_critic': 1, 'w_img': 0.5}, 'set relabel=0'),
+    ({'w_critic': 1, 'lookahead': [2]}, 'set relabel=0'),
+    ({'w_critic': 1, 'relabel': 0, 'lookahead': []}, 'set relabel=0'),
+    ({'w_critic': 1, 'nstep': 3}, 'set nstep=1'),
+    ({'lookahead': [0, 1]}, r'lookahead=\[1,3'), ({'lookahead': [1, -3]}, r'lookahead=\[1,3'),
+    ({'w_feature': 0, 'w_img': 0}, 'set w_feature=1'), ({'w_img': -1}, 'set w_feature=1'),
+    ({'w_critic': 0, 'w_clone': 0}, 'set w_critic=1'), ({'w_clone': -1}, 'set w_critic=1'),
+    ({'reward_scale': 0}, 'set reward_scale=0.1'), ({'reward_scale': -1}, 'set reward_scale=0.1'),
+    ({'num_demos': 0}, 'set num_demos=1'), ({'num_eval_demos': 0}, 'set num_eval_demos=1'),
+    ({'num_frames': 0}, 'set num_frames=1'), ({'num_play': -1}, 'set num_play='),
+    ({'max_shift': -1}, 'set max_shift=0'), ({'max_shift': 0.5}, 'set max_shift=0'),
+    ({'num_pretrain_updates': -1}, 'set num_pretrain_updates=0'), ({'batch_size': 0}, 'batch_size'),
+    ({'precision': 'fp8'}, 'set precision=fp32')])
+def test_settings_that_do_not_go_together_are_told_before_any_work(cfg, tmp_path, overrides, words):
+    (tmp_path / 'ct.pt').unlink()  # not even the translator was looked for
+    cfg.merge_with(overrides)
+    refused(cfg, tmp_path, words)
 
 
-@pytest.mark.parametrize('split', ['train', 'valid'])
+@pytest.mark.parametrize('overrides', [
+    {}, {'reward_scale': None, 'time_power': 2}, {'relabel': 1.0, 'hindsight': 0.0},
+    {'w_critic': 0.0, 'nstep': 3}, {'w_critic': 0.0, 'w_img': 0.5}, {'w_critic': 1.0},
+    {'w_critic': 1.0, 'relabel': 0, 'hindsight': 0, 'nstep': 3, 'w_img': 1.0, 'lookahead': [2]}])
+def test_settings_that_go_together_pass(cfg, overrides):
+    cfg.merge_with(overrides)
+    train_ac.check_all_settings(cfg)
+
+
+def test_a_missing_translator_is_told_with_the_command(cfg, tmp_path):
+    (tmp_path / 'ct.pt').unlink()
+    refused(cfg, tmp_path, 'python train_ct.py task=reacher_hard')
+
+
+@pytest.mark.parametrize('recipe, other', [RECIPES, RECIPES[::-1]])
+def test_a_translator_of_the_other_recipe_is_refused(cfg, tmp_path, recipe, other):
+    save_translator(cfg.snapshot, other)
+    refused(cfg, tmp_path, f'pose code: set recipe={other}, or python train_ct.py '
+                           f'task=reacher_hard recipe={recipe}')
+
+
+def test_a_translator_of_other_pictures_is_refused(cfg, tmp_path):
+    for other, words in (({'quality': [2048, 28, 16]}, 'quality .*2048.*train_ct.py'),
+                         ({'videos': utils.versions() | {'mujoco': '3.0'}},
+                          'MuJoCo 3.0.*train_ct.py')):
+        save_translator(cfg.snapshot, 'pose_code', MADE_BY | other)
+        refused(cfg, tmp_path, words)
+
+
+@pytest.mark.parametrize('split', ['train', 'valid', 'play'])
 @pytest.mark.parametrize('other, words', [
     ({'quality': [2048, 28, 16]}, 'quality .*2048.*generate_expert_video.py'),
-    ({'versions': utils.versions() | {'mujoco': '3.0'}}, 'MuJoCo 3.0.*generate_expert_video.py')])
-def test_demonstrations_of_other_pictures_are_refused(data_dir, cfg, shipped, tmp_path, split,
-                                                      other, words):
-    path = data_dir / split / 'meta.json'
-    video.write_json(path, video.read_json(path) | other)
-    with pytest.raises(UserError, match=words):
-        train_ac.make_workspace(cfg, tmp_path)
+    ({'versions': utils.versions() | {'mujoco': '3.0'}}, 'MuJoCo 3.0.*generate_expert_video.py'),
+    ({'im_size': 32}, '32 pixels, not 16'), ({'task': 'finger_spin'}, 'finger_spin, not reacher')])
+def test_videos_of_other_pictures_are_refused(data_dir, cfg, tmp_path, split, other, words):
+    edit(data_dir / split / 'meta.json', **other)
+    refused(cfg, tmp_path, words)
 
 
-def test_a_translator_of_other_pictures_or_too_few_features_is_refused(cfg, shipped, tmp_path):
-    with pytest.raises(UserError, match='set z_dim=4'):
-        train_ac.make_workspace(OmegaConf.merge(cfg, {'z_dim': 5}), tmp_path)
-    shipped(MADE_BY | {'quality': [2048, 28, 16]})
-    with pytest.raises(UserError, match='quality .*2048.*train_ct.py'):
-        train_ac.make_workspace(cfg, tmp_path)
+def test_one_context_is_not_enough(cfg, tmp_path, scenery):
+    cfg.data_dir = str(write_videos(tmp_path / 'narrow', scenery, num_contexts=1))
+    refused(cfg, tmp_path, 'one context only.*generate_expert_video.py .*num_contexts=')
 
 
-def test_an_agent_acts_as_often_as_the_expert_did(data_dir, cfg, shipped, tmp_path):
+def test_an_agent_acts_as_often_as_the_expert_did(data_dir, cfg, tmp_path):
     cfg.action_repeat = 4
-    with pytest.raises(UserError, match='2 times, not 4: leave action_repeat out'):
-        train_ac.make_workspace(cfg, tmp_path)
-    for split in ('train', 'valid'):
-        path = data_dir / split / 'meta.json'
-        video.write_json(path, video.read_json(path) | {'action_repeat': 3})
+    refused(cfg, tmp_path, '2 times, not 4: leave action_repeat out')
+    for split in ('train', 'valid', 'play'):
+        edit(data_dir / split / 'meta.json', action_repeat=3)
     cfg.action_repeat = None
-    workspace = train_ac.make_workspace(cfg, tmp_path)
+    workspace = train_ac.make_workspace(cfg, tmp_path / 'run')
     assert workspace.num_train_steps == cfg.num_train_frames // 3
     assert workspace.made_by['action_repeat'] == 3
 
 
-def test_before_there_are_videos_it_asks_the_expert_how_often(cfg, shipped, tmp_path, monkeypatch):
-    cfg.data_dir, cfg.expert, commands = str(tmp_path / 'none'), str(tmp_path / 'expert.pt'), []
-    def save_expert(action_repeat):
-        utils.save_snapshot(cfg.expert, 'expert', cfg.task_name,
-                            {'made_by': {'env_args': {'action_repeat': action_repeat}}})
-    def run(command, check):
-        commands.append(command)
-        return SimpleNamespace(returncode=3)
-    monkeypatch.setattr(train_ac.subprocess, 'run', run)
-    save_expert(1)
-    with pytest.raises(UserError, match='1 times, not 2: leave action_repeat out'):
-        train_ac.make_workspace(cfg, tmp_path)
+def save_expert(cfg, action_repeat):
+    utils.save_snapshot(cfg.expert, 'expert', cfg.task_name,
+                        {'made_by': {'env_args': {'action_repeat': action_repeat}}})
+
+
+def test_before_there_are_videos_it_asks_the_expert_how_often(cfg, tmp_path, no_filming):
+    cfg.data_dir = str(tmp_path / 'none')
+    cfg.action_repeat = 2
+    save_expert(cfg, 1)
+    refused(cfg, tmp_path, '1 times, not 2: leave action_repeat out')
     cfg.action_repeat = None
-    save_expert(161)
-    with pytest.raises(UserError, match='num_train_frames=160 is not even one step of 161'):
-        train_ac.make_workspace(cfg, tmp_path)
-    assert not commands
+    save_expert(cfg, 161)
+    refused(cfg, tmp_path, 'num_train_frames=160 is not even one step of 161')
+    assert not no_filming
     cfg.action_repeat = None
-    save_expert(1)
+    save_expert(cfg, 1)
     with pytest.raises(SystemExit, match='3'):  # filming that fails has said why
         train_ac.make_workspace(cfg, tmp_path)
-    assert cfg.action_repeat == 1 and f'snapshot={cfg.expert}' in commands[0]
+    assert cfg.action_repeat == 1 and f'snapshot={cfg.expert}' in no_filming[0]
+
+
+def test_without_videos_and_expert_the_command_is_told(cfg, tmp_path, no_filming):
+    cfg.data_dir = str(tmp_path / 'none')
+    refused(cfg, tmp_path, 'python train.py task=reacher_hard')
+    assert not no_filming
+
+
+@pytest.mark.parametrize('split', ['train', 'valid', 'play'])
+def test_videos_that_are_missing_are_filmed(data_dir, cfg, tmp_path, no_filming, split):
+    (data_dir / split / 'meta.json').unlink()
+    cfg.merge_with({'num_demos': 7, 'num_eval_demos': 6, 'num_play': 5})
+    save_expert(cfg, 2)
+    with pytest.raises(SystemExit, match='3'):
+        train_ac.make_workspace(cfg, tmp_path / 'run')
+    (command,) = no_filming
+    assert command[1].endswith('generate_expert_video.py')
+    assert {'task=reacher_hard', f'out_dir={data_dir}', 'num_train=7', 'num_valid=6', 'num_play=5',
+            'num_play_valid=0', f'im_size={SIZE}', f'seed={cfg.seed}'} <= set(command)
+
+
+@pytest.mark.parametrize('recipe', ['liu2017'])
+def test_play_is_not_asked_for_without_cloning(data_dir, cfg, tmp_path, no_filming):
+    for path in (data_dir / 'play').iterdir():
+        path.unlink()
+    assert make(cfg, tmp_path / 'run').made_by['num_play'] == 0
+    assert not no_filming
+
+
+# ------------------------------------------------------------------------------ judgement
+
+@pytest.mark.parametrize('recipe', ['pose_code'])
+def test_a_code_that_was_not_fitted_to_the_end_is_refused(cfg):
+    save_translator(cfg.snapshot, 'pose_code', scores={'trans': 0.1})
+    with pytest.raises(UserError, match='not fitted to the end: .*python train_ct.py'):
+        train_ac.load_translator(cfg)
+
+
+@pytest.mark.parametrize('path', sorted((CFGS.parent / 'ct').glob('*.pt')), ids=lambda p: p.stem)
+def test_a_shipped_translator_can_be_imitated_with(path):
+    cfg = OmegaConf.create({'task_name': path.stem, 'snapshot': str(path), 'recipe': 'pose_code',
+                            'device': 'cpu', 'precision': 'bf16'})
+    model = train_ac.load_translator(cfg)
+    frames = torch.randint(256, (2, model.im_size, model.im_size, 3), dtype=torch.uint8)
+    assert model.code(model.encode(frames)).isfinite().all()
+
+
+def test_a_translator_as_good_as_those_that_worked_is_not_warned_of():
+    line = judge_translator(GOOD | {'open_loop': 0.123, 'open_loop_still': 0.456, 'trans': 9.0})
+    assert 'warning' not in line and '\n' not in line
+    assert all(f'{name} {value:.3g}' in line for name, value in GOOD.items())
+    assert 'open_loop 0.123' in line and 'open_loop_still 0.456' in line and '9' not in line
+
+
+@pytest.mark.parametrize('name', WORKED)
+def test_a_score_that_is_worse_is_warned_of_and_no_other(name):
+    worked, sign = WORKED[name]
+    better, worse = (worked + way * sign * 0.1 * worked for way in (1, -1))
+    assert 'warning' not in judge_translator(GOOD | {name: better})
+    _, warning = judge_translator(GOOD | {name: worse}).splitlines()
+    assert warning.startswith('warning:')
+    assert f'{name} {worse:.3g} (has worked with {worked:g})' in warning
+    assert warning.count('has worked with') == 1
+    assert 'warning' not in judge_translator({key: GOOD[key] for key in GOOD if key != name})
+
+
+def test_scores_are_printed_with_the_translator(cfg, capsys):
+    save_translator(cfg.snapshot, 'pose_code', scores=GOOD | {'rank': 0.05})
+    train_ac.load_translator(cfg)
+    printed = capsys.readouterr().out
+    assert printed == judge_translator(GOOD | {'rank': 0.05}) + '\n' and 'warning' in printed
+
+
+@pytest.mark.parametrize('recipe', ['liu2017'])
+def test_the_papers_translator_has_no_such_scores(cfg, capsys):
+    train_ac.load_translator(cfg)
+    assert capsys.readouterr().out == ''

@@ -1,6 +1,8 @@
 import csv
 import itertools
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,17 +13,18 @@ import dmc
 import train_ct
 import utils
 import video
-from train_ct import PairSampler, psnr, ssim_map, train
+from train_ct import FeatureWindows, PairSampler, PoseProbe, ssim_map, train
 from utils import UserError
 
 SIZE, LENGTH = 16, 9
 CFGS = Path(__file__).parent.parent / 'cfgs'
 
 
-def film(root, split='train', num_episodes=5, num_contexts=3, seed=0):
+def film(root, split='train', num_episodes=5, num_contexts=3, seed=0, pose_seed=0):
     """A square wanders: a way for each episode, colours for each context.
 
-    The upper left pixel tells (episode, context, frame).
+    The upper left pixel tells (episode, context, frame), and an action of play (episode, step).
+    Poses have nothing to do with any of it.
     """
     rng = np.random.default_rng(seed)
     folder = root / split
@@ -29,7 +32,7 @@ def film(root, split='train', num_episodes=5, num_contexts=3, seed=0):
     video.write_json(folder / 'meta.json', {
         'format': utils.FORMAT, 'task': 'fake_walk', 'split': split, 'im_size': SIZE,
         'episode_len': LENGTH, 'num_contexts': num_contexts, 'num_episodes': num_episodes,
-        'expert_sha256': '0', 'quality': dmc.CONTEXT_QUALITY,
+        'joints': ['hinge', 'slide'], 'expert_sha256': '0', 'quality': dmc.CONTEXT_QUALITY,
         'versions': utils.versions()})
     for i in range(num_episodes):
         place = rng.integers(1, SIZE - 5, (2, 2))
@@ -40,24 +43,35 @@ def film(root, split='train', num_episodes=5, num_contexts=3, seed=0):
                 y, x = (place[0] + (place[1] - place[0]) * t / LENGTH).round().astype(int)
                 frames[c, t, y:y + 4, x:x + 4] = square
                 frames[c, t, 0, 0] = i, c, t
-        video.write_episode(folder, i, frames, {'expert_return': 0.0})
+        qpos = np.random.default_rng([pose_seed, seed, i]).normal(size=(LENGTH + 1, 2))
+        video.write_episode(folder, i, frames, {
+            'qpos': qpos.tolist(), **({'actions': [[i / 10, t / 10] for t in range(LENGTH)]}
+                                      if split.startswith('play') else {'expert_return': 0.0})})
+
+
+def film_all(root, **options):
+    for seed, (split, num) in enumerate((('train', 5), ('valid', 3), ('play', 4),
+                                         ('play_valid', 3))):
+        film(root, split, num, seed=seed, **options)
+    return root
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp('videos')
-    film(root)
-    film(root, 'valid', num_episodes=3, seed=1)
-    return root
+    return film_all(tmp_path_factory.mktemp('videos'))
 
 
-def config(data, *overrides):
+def config(data, *overrides, recipe='liu2017'):
+    if recipe == 'pose_code':
+        overrides = ['code.num_steps=7', 'code.batch_size=8', 'code.window=5', 'model.code_dim=3',
+                     *overrides]
     with initialize_config_dir(str(CFGS), version_base='1.3'):
         return compose('train_ct', [
-            'task_name=fake_walk', f'data_dir={data}', 'device=cpu', 'use_tb=false',
-            'precision=fp32', 'batch_size=3', 'frames_per_clip=4', 'num_train_steps=12',
-            'log_every=2', 'eval_every=4', 'snapshot_every=3', 'num_eval_videos=1', 'lr=1e-3',
-            'model.channels=[4,6,8,10]', 'model.z_dim=5', 'model.hidden=12', *overrides])
+            f'recipe={recipe}', 'task_name=fake_walk', f'data_dir={data}', 'device=cpu',
+            'use_tb=false', 'precision=fp32', 'batch_size=3', 'frames_per_clip=4',
+            'num_train_steps=12', 'log_every=2', 'eval_every=4', 'snapshot_every=3',
+            'num_eval_videos=1', 'lr=1e-3', 'model.channels=[4,6,8,10]', 'model.z_dim=5',
+            'model.hidden=12', *overrides])
 
 
 def sampler(data, pairs='same_episode', **changes):
@@ -149,39 +163,177 @@ def rows(path):
                 for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize('die_at', [5, 8, 11])
-def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(data, tmp_path, monkeypatch, die_at):
-    """Killed between snapshots, after a snapshot, and after an evaluation."""
-    cfg = config(data, 'augment_colours=true')
-    train(cfg, tmp_path / 'whole')
-    sample, calls = PairSampler.sample, []
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Leaves out the measurement of codes, which takes seconds."""
+    monkeypatch.setattr(train_ct, 'measure_code', lambda *_: {'rank': 0.5})
 
-    def dying(self, batch_size):
-        calls.append(batch_size)
-        if len(calls) == die_at:
+
+@pytest.fixture
+def linear_probe(monkeypatch):
+    """Poses are read by a linear map, which is fitted within a second."""
+    monkeypatch.setattr(train_ct, 'mlp', lambda size, _, out_dim: torch.nn.Linear(size, out_dim))
+
+
+def die_in_step(monkeypatch, die_at):
+    """The step of that number is killed once its batch is drawn -> the list of steps so far."""
+    update, steps = train_ct.update, []
+
+    def dying(*args):
+        steps.append(args)
+        if len(steps) == die_at:
             raise Killed
-        return sample(self, batch_size)
-    monkeypatch.setattr(PairSampler, 'sample', dying)
+        update(*args)
+    monkeypatch.setattr(train_ct, 'update', dying)
+    return steps
+
+
+def require_equal(one, other, where=''):
+    """Of nested dicts and lists with tensors and plain values: bit by bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            require_equal(one[key], other[key], f'{where}.{key}')
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for i, parts in enumerate(zip(one, other, strict=True)):
+            require_equal(*parts, f'{where}.{i}')
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other or (one != one and other != other), where
+
+
+@pytest.mark.parametrize('recipe, die_at', [
+    # between snapshots, after a snapshot, and after an evaluation
+    ('liu2017', 5), ('liu2017', 8), ('liu2017', 11),
+    ('pose_code', 5), ('pose_code', 8), ('pose_code', 11),
+    # in the code's first step, between its snapshots, after one, and in its last step
+    ('pose_code', 13), ('pose_code', 15), ('pose_code', 16), ('pose_code', 19)])
+def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(data, tmp_path, monkeypatch,
+                                                               unmeasured, recipe, die_at):
+    cfg = config(data, 'augment_colours=true', recipe=recipe)
+    train(cfg, tmp_path / 'whole')
+    num_steps = 12 if recipe == 'liu2017' else 19
+    steps = die_in_step(monkeypatch, die_at)
     with pytest.raises(Killed):
         train(cfg, tmp_path / 'killed')
     train(cfg, tmp_path / 'killed')
-    assert len(calls) == die_at + 12 - 3 * ((die_at - 1) // 3)  # resumed from the last snapshot
+    # resumed from the last snapshot
+    assert len(steps) == die_at + num_steps - 3 * ((die_at - 1) // 3)
 
     for name in ('snapshot.pt', 'best.pt'):
         whole, again = (utils.load_snapshot(tmp_path / run / name, 'translator', 'fake_walk')
                         for run in ('whole', 'killed'))
-        assert whole['step'] == again['step']
-        assert whole['model'].keys() == again['model'].keys()
-        for key, value in whole['model'].items():
-            assert torch.equal(value, again['model'][key]), key
-    whole, again = (utils.load_snapshot(tmp_path / run / 'snapshot.pt', 'translator')
-                    for run in ('whole', 'killed'))
-    assert whole['best'] == again['best'] and whole['sampler'] == again['sampler']
-    for key, moments in whole['optimizer']['state'].items():
-        for name, value in moments.items():
-            assert torch.equal(value, again['optimizer']['state'][key][name])
+        whole.pop('elapsed', None), again.pop('elapsed', None)
+        require_equal(whole, again, name)
+    assert whole['step'] == num_steps or recipe == 'liu2017'
     for name in ('train.csv', 'eval.csv'):
         assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
+
+
+def test_the_code_is_fitted_to_the_best_translator(data, tmp_path, monkeypatch, unmeasured):
+    """The translator gets worse after its first evaluation, and its weights stay as they were
+    there."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_in_step(patch, 5)
+        train(config(data, 'snapshot_every=4', recipe='pose_code'), tmp_path)
+    cfg = config(data, 'snapshot_every=4', 'lr=10', recipe='pose_code')
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_in_step(patch, 13 - 4)
+        train(cfg, tmp_path)
+    at_best = utils.load_snapshot(tmp_path / 'best.pt', 'translator')
+    assert at_best['step'] == 4
+    train(cfg, tmp_path)
+    end, last = (utils.load_snapshot(tmp_path / name, 'translator')
+                 for name in ('best.pt', 'snapshot.pt'))
+    require_equal(end['model'], last['model'])
+    for key, value in at_best['model'].items():
+        # scales, discriminants and all weights of the code are fitted, and nothing else
+        assert torch.equal(value, end['model'][key]) != key.startswith('code.'), key
+    assert end['step'] == 19 and end['scores'] == at_best['scores'] | {'rank': 0.5}
+
+
+def test_no_training_reads_the_pose(data, tmp_path, linear_probe):
+    """Other poses beside the same videos bring the same weights and other measurements."""
+    film_all(tmp_path / 'other', pose_seed=1)
+    runs = {'same': data, 'other': tmp_path / 'other'}
+    ends = {}
+    for name, root in runs.items():
+        assert (video.Clips(root / 'play').episode(0)['qpos']
+                == video.Clips(data / 'play').episode(0)['qpos']) == (name == 'same')
+        train(config(root, 'num_train_steps=4', recipe='pose_code'), tmp_path / name / 'run')
+        ends[name] = [utils.load_snapshot(tmp_path / name / 'run' / file, 'translator')
+                      for file in ('best.pt', 'snapshot.pt')]
+    for one, other in zip(*ends.values(), strict=True):
+        require_equal(one['model'], other['model'])
+        assert one['scores']['trans'] == other['scores']['trans']
+        assert one['scores']['agreement'] == other['scores']['agreement']
+        assert one['scores']['rank'] != other['scores']['rank']
+
+
+def test_what_a_run_with_a_code_leaves(data, tmp_path, unmeasured):
+    cfg = config(data, recipe='pose_code')
+    train(cfg, tmp_path)
+    scores = rows(tmp_path / 'eval.csv')
+    assert [int(row['step']) for row in scores] == [4, 8, 12, 19]
+    assert float(scores[-1]['rank']) == 0.5
+    assert len(list((tmp_path / 'eval_video').glob('*.mp4'))) == 3
+    losses = {int(row['step']): row for row in rows(tmp_path / 'train.csv')}
+    assert all(losses[12][name] and not losses[14][name] for name in ('trans', 'rec'))
+    assert all(losses[14][f'code_{name}'] for name in ('trans', 'agree', 'forward', 'inverse'))
+    best = utils.load_snapshot(tmp_path / 'best.pt', 'translator', 'fake_walk')
+    assert best['model_args']['code_dim'] == 3 and best['model_args']['action_dim'] == 2
+    assert best['made_by']['recipe'] == 'pose_code' and best['made_by']['num_play'] == 4
+    assert best['made_by']['code']['num_steps'] == 7
+
+    utils.slim(tmp_path / 'best.pt', tmp_path / 'slim.pt')
+    slim = utils.load_snapshot(tmp_path / 'slim.pt', 'translator', 'fake_walk')
+    assert slim['scores'] == best['scores']
+    model = train_ct.ContextTranslator(**slim['model_args'])
+    model.load_state_dict(slim['model'])
+    frames = torch.from_numpy(np.array(video.Clips(data / 'train').frames(0)))
+    model.only_answer(torch.device('cpu'), torch.bfloat16)
+    assert model.code(model.encode(frames)).shape == (3, LENGTH + 1, 3)
+
+    train(cfg, tmp_path)  # nothing is left to do
+    assert rows(tmp_path / 'eval.csv') == scores
+
+
+def test_codes_are_measured_in_evaluation_mode(data, monkeypatch):
+    model = train_ct.ContextTranslator(SIZE, [4, 6, 8, 10], 5, 12, code_dim=3, action_dim=2)
+    frames = torch.from_numpy(np.array(video.Clips(data / 'valid').frames(0)))
+
+    class Probe:
+        def __init__(self, splits, device):
+            assert splits == 'splits'
+
+        def __call__(self, encode, dynamics):
+            assert dynamics is model.code.dynamics and not model.code.norm.training
+            assert encode(frames).shape == (3, LENGTH + 1, 3)
+            return {'rank': 1.0}
+
+    monkeypatch.setattr(train_ct, 'PoseProbe', Probe)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    autocast = torch.autocast('cpu', torch.bfloat16, enabled=False)
+    assert train_ct.measure_code(model, 'splits', autocast) == {'rank': 1.0}
+    assert model.training and model.code.norm.training
+    require_equal(before, dict(model.state_dict()))
+
+
+def test_play_has_its_share_of_a_batch(data, tmp_path, monkeypatch, unmeasured):
+    sample, drawn = PairSampler.sample, []
+
+    def noting(self, batch_size):
+        pairs = sample(self, batch_size)
+        drawn.append((batch_size, len(pairs[0])))
+        return pairs
+    monkeypatch.setattr(PairSampler, 'sample', noting)
+    for share, expected in ((0.25, [6, 2]), (0, [8]), (1, [8])):
+        drawn.clear()
+        train(config(data, f'play_share={share}', 'batch_size=8', 'num_train_steps=1',
+                     'code.num_steps=1', recipe='pose_code'), tmp_path / str(share))
+        assert drawn == [(num, num) for num in expected]
 
 
 def test_what_a_run_leaves(data, tmp_path):
@@ -193,7 +345,8 @@ def test_what_a_run_leaves(data, tmp_path):
     assert len(list((tmp_path / 'eval_video').glob('*.mp4'))) == 3
     best = utils.load_snapshot(tmp_path / 'best.pt', 'translator', 'fake_walk')
     assert float(best['scores']['trans']) == min(float(row['trans']) for row in scores)
-    assert 'optimizer' not in best
+    assert 'optimizers' not in best
+    assert 'code' not in best['model'] and best['model_args']['code_dim'] is None
 
     utils.slim(tmp_path / 'best.pt', tmp_path / 'slim.pt')
     slim = utils.load_snapshot(tmp_path / 'slim.pt', 'translator', 'fake_walk')
@@ -216,20 +369,22 @@ def test_frames_that_change_are_drawn_more_often(data):
     assert (drawn > 0.01).all()
 
 
-def test_the_best_stays_the_best_over_a_resume(data, tmp_path):
-    train(config(data, 'num_train_steps=4'), tmp_path)
-    train(config(data, 'num_train_steps=8', 'lr=10'), tmp_path)  # all is lost
+def test_the_best_stays_the_best_over_a_resume(data, tmp_path, monkeypatch):
+    die_in_step(monkeypatch, 5)
+    with pytest.raises(Killed):
+        train(config(data, 'num_train_steps=8', 'snapshot_every=4'), tmp_path)
+    train(config(data, 'num_train_steps=8', 'snapshot_every=4', 'lr=10'), tmp_path)  # all is lost
     best, last = (utils.load_snapshot(tmp_path / name, 'translator')
                   for name in ('best.pt', 'snapshot.pt'))
     assert best['step'] == 4 and last['step'] == 8
     assert best['scores']['trans'] == last['best']
 
 
-def test_examination(data):
+def test_evaluation(data):
     """A model that knows the answer; one that copies; what a shuffled source brings."""
     clips = video.Clips(data / 'valid')
-    exam = train_ct.Examination(clips, video.Clips(data / 'train'), 'same_episode', 3,
-                                torch.device('cpu'))
+    evaluator = train_ct.Evaluator(clips, video.Clips(data / 'train'), 'same_episode', 3,
+                                   torch.device('cpu'))
 
     class Oracle:
         """Features are the pixels of the episode's first filmed context."""
@@ -257,7 +412,7 @@ def test_examination(data):
             return None, {'trans': torch.tensor(0.5)}
 
     autocast = torch.autocast('cpu', torch.bfloat16, enabled=False)
-    scores, images = exam(Oracle(), 0.5, autocast)
+    scores, images = evaluator(Oracle(), 0.5, autocast)
     assert scores['psnr'] == scores['psnr_moving'] == pytest.approx(100)
     assert scores['ssim'] == scores['ssim_moving'] == pytest.approx(1)
     assert scores['trans'] == 0.5
@@ -267,14 +422,15 @@ def test_examination(data):
     variance = (np.var([0, 1, 2], ddof=0) * 30 / 29 + np.var(np.tile(frames, 3), ddof=1)) / 2
     assert scores['feature_var'] == pytest.approx(variance)
     assert scores['feature_error_shuffled'] == pytest.approx(1 / variance)
-    assert torch.equal(images, exam._target)
-    assert exam.baselines['psnr_moving_copy_first'] < exam.baselines['psnr_copy_first'] < 40
-    film = exam.film(images, 2)
+    for i in range(3):
+        assert np.array_equal(images[i], clips.frames(i)[(i + 1) % 3])
+    copied = evaluator.baselines
+    assert copied['psnr_moving_copy_first'] < copied['psnr_copy_first'] < 40
+    film = evaluator.film(images, 2)
     assert len(film) == 2 * (LENGTH + 1)
 
 
-def test_measures_by_hand():
-    assert psnr(torch.tensor([0.01, 0.03])) == pytest.approx(-10 * np.log10(0.02))
+def test_ssim_by_hand():
     grey, white = (torch.full((1, 9, 10, 3), value, dtype=torch.uint8) for value in (51, 255))
     same = ssim_map(grey, grey)
     assert same.shape == (1, 3, 4)
@@ -302,6 +458,47 @@ def test_bad_settings_are_refused_before_anything_is_written(data, tmp_path, ove
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('overrides, words', [
+    (['num_train_steps=0'], 'num_train_steps=0'),
+    (['play_share=1.5'], r'play_share=1.5 is no share'),
+    (['play_share=-0.1'], r'play_share=-0.1 is no share'),
+    (['code.num_steps=0'], 'num_steps=0'), (['code.batch_size=1'], 'batch_size=1'),
+    (['code.window=3'], 'window=3'), (['code.window=11'], 'fewer than code.window=11'),
+    (['code.weights.agree=-1'], 'code.weights'), (['code.weights.noise=-0.1'], 'code.weights')])
+def test_bad_settings_of_the_code_are_refused_before_anything_is_written(data, tmp_path, overrides,
+                                                                         words):
+    with pytest.raises(UserError, match=words):
+        train(config(data, *overrides, recipe='pose_code'), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('split', ['play', 'play_valid'])
+@pytest.mark.parametrize('overrides', [[], ['play_share=0'], ['model.code_dim=null']])
+def test_a_recipe_that_takes_play_is_refused_without_it(data, tmp_path, split, overrides):
+    shutil.copytree(data, tmp_path / 'videos')
+    shutil.rmtree(tmp_path / 'videos' / split)
+    with pytest.raises(UserError, match=f'videos/{split}: python generate_expert_video.py'):
+        train(config(tmp_path / 'videos', *overrides, recipe='pose_code'), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_the_papers_recipe_needs_no_play(tmp_path):
+    film(tmp_path)
+    film(tmp_path, 'valid', seed=1)
+    train(config(tmp_path, 'num_train_steps=1'), tmp_path / 'run')
+    best = utils.load_snapshot(tmp_path / 'run' / 'best.pt', 'translator')
+    assert best['made_by']['num_play'] == 0 and best['made_by']['code'] is None
+
+
+def test_play_that_is_drawn_otherwise_is_refused(data, tmp_path):
+    shutil.copytree(data, tmp_path / 'videos')
+    path = tmp_path / 'videos' / 'play' / 'meta.json'
+    video.write_json(path, video.read_json(path) | {'quality': [1, 2, 3]})
+    with pytest.raises(UserError, match='videos/play comes from pictures of quality'):
+        train(config(tmp_path / 'videos', recipe='pose_code'), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
 def test_too_little_data_is_refused(tmp_path):
     film(tmp_path, num_episodes=1, num_contexts=1)
     film(tmp_path, 'valid', num_episodes=1, num_contexts=1)
@@ -314,4 +511,184 @@ def test_too_little_data_is_refused(tmp_path):
 def test_another_model_is_refused_on_resume(data, tmp_path):
     train(config(data, 'num_train_steps=1'), tmp_path)
     with pytest.raises(UserError, match='another z_dim'):
-        train(config(data, 'model.z_dim=6'), tmp_path)
+        train(config(data, 'num_train_steps=1', 'model.z_dim=6'), tmp_path)
+    with pytest.raises(UserError, match='another num_train_steps'):
+        train(config(data, 'num_train_steps=2'), tmp_path)
+
+
+def test_another_code_is_refused_on_resume(data, tmp_path, unmeasured):
+    few = 'num_train_steps=1', 'code.num_steps=1'
+    train(config(data, *few, recipe='pose_code'), tmp_path)
+    with pytest.raises(UserError, match='another code'):
+        train(config(data, *few, 'code.window=6', recipe='pose_code'), tmp_path)
+    with pytest.raises(UserError, match='another .*code, code_dim, .*recipe'):
+        train(config(data, 'num_train_steps=1'), tmp_path)
+
+
+# ---------------------------------------------------------------------------- windows of features
+
+class Tells(torch.nn.Module):
+    """Features are what the upper left pixel tells: episode, context, frame."""
+
+    def __init__(self):
+        super().__init__()
+        self.parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def encode(self, frames):
+        return torch.stack(labels(frames), dim=-1).float() + self.parameter
+
+    def context(self, first):
+        return SimpleNamespace(z2=self.encode(first))
+
+
+def windows(data, window=5):
+    splits = {name: video.Clips(data / name) for name in ('train', 'valid', 'play', 'play_valid')}
+    return FeatureWindows(Tells(), splits, window,
+                          torch.autocast('cpu', torch.bfloat16, enabled=False))
+
+
+def test_windows_are_of_successive_frames_in_two_contexts(data):
+    torch.manual_seed(0)
+    source, target, z2, actions = windows(data).sample(400)
+    assert source.shape == target.shape == (400, 5, 3) and z2.shape == (400, 3)
+    assert not source.requires_grad and source.dtype == torch.float32
+    (episodes, contexts, frames), (other_episodes, other_contexts, other_frames) = (
+        part.long().unbind(-1) for part in (source, target))
+    assert torch.equal(episodes, other_episodes) and torch.equal(frames, other_frames)
+    assert (episodes == episodes[:, :1]).all() and (contexts == contexts[:, :1]).all()
+    assert (other_contexts == other_contexts[:, :1]).all()
+    assert (frames.diff(dim=1) == 1).all()
+    assert set(frames[:, 0].tolist()) == set(range(LENGTH + 1 - 5 + 1))
+    assert (contexts != other_contexts).all()
+    assert len(set(zip(contexts[:, 0].tolist(), other_contexts[:, 0].tolist(),
+                       strict=True))) == 6
+    assert torch.equal(z2.long(), torch.stack(
+        [episodes[:, 0], other_contexts[:, 0], torch.zeros_like(frames[:, 0])], dim=1))
+    # the first half is of five demonstrations, the second of four episodes of play
+    assert set(episodes[:200, 0].tolist()) == set(range(5))
+    assert set(episodes[200:, 0].tolist()) == set(range(4))
+
+
+def test_windows_of_play_have_the_actions_between_their_frames(data):
+    torch.manual_seed(0)
+    source, _, _, actions = windows(data).sample(60)
+    assert actions.shape == (30, 4, 2) and actions.dtype == torch.float32
+    torch.testing.assert_close(actions * 10, source[30:, :-1][..., [0, 2]])
+
+
+def test_windows_can_be_as_long_as_a_clip(data):
+    source, _, _, actions = windows(data, LENGTH + 1).sample(2)
+    assert source.shape == (2, LENGTH + 1, 3) and actions.shape == (1, LENGTH, 2)
+
+
+def test_all_features_of_both_actors(data):
+    z, z2 = windows(data).all()
+    assert z.shape == (9, 3, LENGTH + 1, 3) and z2.shape == (9, 3, 3)
+    assert torch.equal(z[:, :, 0], z2)
+    assert z[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    torch.manual_seed(0)
+    one = windows(data).sample(8)
+    torch.manual_seed(0)
+    for part, again in zip(one, windows(data).sample(8), strict=True):
+        assert torch.equal(part, again)
+
+
+# -------------------------------------------------------------------------- measures of the pose
+
+JOINTS = ['slide', 'hinge', 'travel']
+EPISODES = {'train': 40, 'valid': 30, 'play': 40, 'play_valid': 30}
+
+
+class PoseClips:
+    """A hinge turns steadily, actions move a slide, and the body travels, which is not to be seen.
+
+    A frame is one pixel of four channels that tell (split, episode, context, moment).
+    """
+
+    def __init__(self, number, num_episodes, num_frames=25):
+        rng = np.random.default_rng(number)
+        self.meta = {'joints': JOINTS}
+        self.actions = rng.normal(size=(num_episodes, num_frames - 1))
+        slide = np.pad(self.actions.cumsum(1), ((0, 0), (1, 0))) + rng.normal(
+            size=(num_episodes, 1))
+        self.speed = rng.uniform(-0.3, 0.3, (num_episodes, 1))
+        hinge = rng.uniform(-3, 3, (num_episodes, 1)) + self.speed * np.arange(num_frames)
+        self.qpos = np.stack([slide, hinge, 100 * rng.normal(size=slide.shape)], axis=-1)
+        self._frames = np.zeros((num_episodes, 3, num_frames, 1, 1, 4), np.uint8)
+        for axis, index in enumerate(np.indices(self._frames.shape[:3]), start=1):
+            self._frames[..., 0, 0, axis] = index
+        self._frames[..., 0] = number
+
+    def __len__(self):
+        return len(self.qpos)
+
+    def frames(self, i):
+        return self._frames[i]
+
+    def episode(self, i):
+        return {'qpos': self.qpos[i].tolist(), 'actions': self.actions[i][:, None].tolist()}
+
+
+def pose_splits(*names, **options):
+    return {name: PoseClips(k, EPISODES[name], **options) for k, name in enumerate(names)}
+
+
+class TrueFeatures:
+    """Features are the pose that is to be seen: a length in standard deviations, sine, cosine."""
+
+    HISTORY = 3
+
+    def __init__(self, splits):
+        self._splits = list(splits.values())
+        self.scale = np.concatenate([clips.qpos[..., 0].ravel() for name, clips in splits.items()
+                                     if not name.endswith('valid')]).std()
+
+    def __call__(self, frames):
+        split, i, _, t = frames[..., 0, 0, :].numpy().astype(int).transpose(2, 0, 1)
+        slide, hinge, _ = self._splits[split[0, 0]].qpos[i, t].transpose(2, 0, 1)
+        return torch.from_numpy(np.stack([slide / self.scale, np.sin(hinge), np.cos(hinge)],
+                                         axis=-1)).float()
+
+    def rollout(self, codes, actions):
+        """Knows how the slide and the hinge move; two members err by the same to either side."""
+        angles = torch.atan2(codes[..., 1], codes[..., 2])
+        ahead = torch.arange(1, actions.shape[1] + 1)
+        hinge = angles[:, -1:] + (angles[:, -1:] - angles[:, -2:-1]) * ahead
+        slide = codes[:, -1:, 0] + actions[..., 0].cumsum(1) / self.scale
+        exact = torch.stack([slide, hinge.sin(), hinge.cos()], dim=-1).float()
+        return torch.stack([exact + 0.1, exact - 0.1])
+
+
+def test_the_true_pose_has_the_best_scores():
+    splits = pose_splits('train', 'valid', 'play', 'play_valid')
+    features = TrueFeatures(splits)
+    random_state = torch.get_rng_state()
+    scores = PoseProbe(splits)(features, features)
+    assert torch.equal(torch.get_rng_state(), random_state)  # what trains may go on as it was
+    for suffix in ('', '_play'):
+        assert scores[f'rank{suffix}'] > 0.999
+        assert scores[f'agreement{suffix}'] == 0
+        assert scores[f'probe{suffix}'] < 0.05
+        assert scores[f'probe_gross{suffix}'] < 0.05
+    assert scores['open_loop'] < 0.05
+    played = splits['play_valid']  # from moments 2 and 12 on
+    moved = np.concatenate([played.qpos[:, now + 10] - played.qpos[:, now] for now in (2, 12)])
+    moved[:, 0] /= features.scale
+    still = np.abs(moved[:, :2])  # a hinge moves by less than half a turn
+    assert scores['open_loop_still'] == pytest.approx(np.median(still, axis=0).max(), rel=1e-3)
+
+
+def test_noise_has_the_worst_scores(linear_probe):
+    torch.manual_seed(0)
+    scores = PoseProbe(pose_splits('train', 'valid'))(
+        lambda frames: torch.randn(*frames.shape[:2], 3))
+    assert scores.keys() == {'rank', 'agreement', 'probe', 'probe_gross'}
+    assert abs(scores['rank']) < 0.05
+    assert scores['agreement'] == pytest.approx(1, abs=0.1)
+    assert scores['probe'] > 0.7 and scores['probe_gross'] > 0.7
+
+
+def test_clips_too_short_to_predict_are_measured_without(linear_probe):
+    splits = pose_splits('train', 'valid', 'play', 'play_valid', num_frames=12)
+    features = TrueFeatures(splits)
+    assert 'open_loop' not in PoseProbe(splits, num_episodes=2)(features, features)

@@ -84,6 +84,21 @@ def test_side_by_side_needs_a_label_for_each_clip():
         video.side_by_side([np.zeros((1, 4, 4, 3), np.uint8)], ['one', 'two'])
 
 
+def test_mse_and_psnr_by_hand():
+    dark, bright = np.full((2, 2, 3), 100, np.uint8), np.full((2, 2, 3), 110, np.uint8)
+    assert video.mse(dark, bright) == video.mse(bright, dark) == pytest.approx((10 / 255) ** 2)
+    assert video.psnr(video.mse(dark, bright)) == pytest.approx(20 * np.log10(255 / 10))
+    black, white = np.zeros((2, 2), np.uint8), np.full((2, 2), 255, np.uint8)
+    assert video.mse(black, white) == 1 and video.psnr(1.0) == 0  # no uint8 wraps round
+    assert video.psnr(video.mse(dark, dark)) == 100
+    assert np.isnan(video.psnr(float('nan')))
+
+
+def test_mse_compares_a_clip_with_one_image():
+    clip = np.stack([np.full((2, 2, 3), value, np.uint8) for value in (0, 51, 102)])
+    assert video.mse(clip[:1], clip) == pytest.approx((0 + 0.04 + 0.16) / 3)
+
+
 def test_recorder(tmp_path):
     env, recorder = FakeEnv(), video.VideoRecorder(tmp_path, im_size=16)
     for _ in range(2):  # the second episode begins anew
