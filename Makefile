@@ -10,7 +10,7 @@ BUDGET ?= full
 # What a budget buys, as overrides of each script: from shipped weights, full is at most 20 minutes
 # on two cores without a GPU, smoke two to three.
 EXPERT_full      = num_train_frames=300_000
-VIDEOS_full      = num_train=200 num_valid=30 num_play=150 \
+VIDEOS_full      = num_train=500 num_valid=30 num_play=200 \
     $(if $(SHIPPED_TRANSLATOR),num_contexts=2 num_play_valid=0,num_contexts=4 num_play_valid=30)
 TRANSLATOR_full  = num_train_steps=1500 code.num_steps=3000
 IMITATOR_full    = num_train_frames=20_000 'lr="linear(1e-3,1e-4,10000)"'

@@ -42,12 +42,13 @@ def test_the_table_has_a_row_for_each_file_and_what_was_replaced_stands_apart():
 def test_a_shipped_expert_is_one(path):
     assert path.stat().st_size < 8e6
     made = utils.load_snapshot(path, 'expert', path.stem)
-    expert, rand = evaluate_experts.evaluate(path, num_episodes=2)
+    # Processors round differently, and on some a single start of finger_spin's from states fails.
+    expert, rand = evaluate_experts.evaluate(path, num_episodes=3)
     bar = evaluate_experts.BARS[path.stem]
-    assert expert.mean() > 0.8 * bar > rand.mean()
+    assert sorted(expert)[1] > 0.8 * bar > rand.max()
     table = (evaluate_experts.ROOT / 'experts/README.md').read_text()
     [row] = [row for row in table.splitlines()
              if row.startswith(f"| {path.stem} | {made['made_by']['env_args']['obs']} |")]
     assert utils.sha256(path)[:16] in row
     if evaluate_experts.MISSED not in row:
-        assert expert.mean() > 0.95 * bar  # which is that of 20 episodes
+        assert sorted(expert)[1] > 0.95 * bar  # which is that of 20 episodes

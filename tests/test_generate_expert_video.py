@@ -193,7 +193,7 @@ def test_episodes_are_functions_of_seed_split_and_number():
 
 
 def play_actions(episode_seed, num_steps=50, shape=(2,)):
-    play = script.Play(episode_seed, shape)
+    play = script.RandomPlay(episode_seed, shape)
     return np.stack([play.act(None, 0, eval_mode=True) for _ in range(num_steps)])
 
 
