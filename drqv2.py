@@ -317,6 +317,7 @@ class DrQV2Agent:
         return self.step_actor(self.actor_loss(features, self.actor(features, stddev)))
 
     def step_actor(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Descend the loss, 0-d, with the actor's parameters alone."""
         parameters = list(self.actor.parameters())
         # Not loss.backward(): that would also work out gradients of the critic, to throw them away.
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
