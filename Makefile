@@ -13,7 +13,7 @@ EXPERT_full      = num_train_frames=300_000
 VIDEOS_full      = num_train=500 num_valid=30 num_play=200 \
     $(if $(SHIPPED_TRANSLATOR),num_contexts=2 num_play_valid=0,num_contexts=4 num_play_valid=30)
 TRANSLATOR_full  = num_train_steps=1500 code.num_steps=3000
-IMITATOR_full    = num_train_frames=20_000 'lr="linear(1e-3,1e-4,10000)"'
+IMITATOR_full    = num_train_frames=20_000
 EXPERT_smoke     = num_train_frames=6_000
 VIDEOS_smoke     = num_train=8 num_valid=4 num_play=8 num_play_valid=4
 TRANSLATOR_smoke = num_train_steps=20 code.num_steps=20

@@ -3,6 +3,7 @@
 Imitation is an ordinary RL problem here, so that train.py's loop serves it: track what a
 demonstration, translated into the agent's surroundings, would look like.
 """
+import copy
 from collections import deque
 from typing import NamedTuple
 
@@ -304,7 +305,8 @@ class ACAgent(DrQV2Agent):
     An inverse model is fitted to what the agent's own actions did, in play and since. It says with
     which actions the agent would do what a demonstration shows, and the actor clones these (Torabi
     et al. 2018, BCO): as both go on while the agent acts, the inverse model comes to know what
-    happens where the demonstrations are. Beside this, DrQ-v2's critic learns how well targets are
+    happens where the demonstrations are. What labels and what acts are means of their weights over
+    the last updates (Polyak and Juditsky 1992): learning rates need not fall. Beside this, DrQ-v2's critic learns how well targets are
     tracked, and the actor climbs it (with `w_critic`).
 
     Reward depends only on the observation, and targets not on actions, so the critic's transitions
@@ -314,12 +316,13 @@ class ACAgent(DrQV2Agent):
     """
 
     NUM_AHEAD = 3  # frames after an action that the inverse model sees: a contact shows late
+    MEAN_RATE = 0.002  # of following the weights: a mean over some 500 updates
 
     def __init__(self, obs_shape, action_dim: int, feature_dim_of_frame: int, num_frames: int,
                  lookahead: list[int], reward_scale: float | None = 0.1, time_power: float = 0.0,
                  w_feature: float = 1.0, w_critic: float = 1.0, w_clone: float = 0.0,
                  max_shift: int = 0, num_pretrain_updates: int = 0, relabel: float = 0.0,
-                 hindsight: float = 0.0, lr: float | str = 1e-4, hidden_dim: int = 512,
+                 hindsight: float = 0.0, hidden_dim: int = 512,
                  demos: torch.Tensor | None = None, play: Play | None = None, **drqv2_args):
         """
         Args:
@@ -330,7 +333,6 @@ class ACAgent(DrQV2Agent):
           max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly.
             The agent is seldom exactly on time.
           num_pretrain_updates: cloning updates on play alone, before the first of the others.
-          lr: as in `DrQV2Agent`, or a schedule over agent steps, see `utils.schedule`.
           relabel: the share of transitions that get targets of others.
           hindsight: the share whose targets are what the agent achieved. Both take 1 as the first
             of `lookahead`, and 1-step returns.
@@ -343,14 +345,15 @@ class ACAgent(DrQV2Agent):
         self._w_critic, self._w_clone, self._max_shift = w_critic, w_clone, max_shift
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
         self._relabel, self._hindsight = relabel, hindsight
-        super().__init__(obs_shape, action_dim, lr=utils.schedule(lr, 0), hidden_dim=hidden_dim,
-                         **drqv2_args)
-        self._lr_schedule = lr
+        super().__init__(obs_shape, action_dim, hidden_dim=hidden_dim, **drqv2_args)
         if w_clone:
             in_dim = feature_dim_of_frame * (num_frames + self.NUM_AHEAD)
             self.inverse = mlp(in_dim, hidden_dim, action_dim).to(self.device)
-            self.inverse_opt = torch.optim.Adam(self.inverse.parameters(), fused=True)
-            self._parts = (*self._parts, 'inverse', 'inverse_opt')
+            self.inverse_opt = torch.optim.Adam(self.inverse.parameters(),
+                                                lr=self.actor_opt.defaults['lr'], fused=True)
+            self.policy, self.labeller = (copy.deepcopy(net).requires_grad_(False)
+                                          for net in (self.actor, self.inverse))
+            self._parts = (*self._parts, 'policy', 'inverse', 'inverse_opt', 'labeller')
             if demos is not None:
                 self._demos = demos.to(self.device)
                 self._play = Play(*(part.to(self.device) for part in play))
@@ -370,10 +373,6 @@ class ACAgent(DrQV2Agent):
         if step % self.update_every_steps:
             return {}
         metrics = {}
-        for name in self._parts:
-            if name.endswith('_opt'):
-                for group in getattr(self, name).param_groups:
-                    group['lr'] = utils.schedule(self._lr_schedule, step)
         if self._w_clone:
             if not self._num_updates:
                 for _ in range(self._num_pretrain_updates):
@@ -394,12 +393,14 @@ class ACAgent(DrQV2Agent):
         at = steps[:, None] + torch.tensor(offsets, device=steps.device)
         return episodes[i[:, None], at.clamp(0, episodes.shape[1] - 1)]
 
-    def _infer_actions(self, history: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _infer_actions(inverse: nn.Module, history: torch.Tensor, later: torch.Tensor
+                       ) -> torch.Tensor:
         """Features (B, num_frames, D), newest first, and what came next (B, NUM_AHEAD, D)
         -> the actions after the newest (B, A)."""
         now = history[:, :1]
         seen = torch.cat([now, history[:, 1:] - now, later - now], dim=1)
-        return self.inverse(seen.flatten(1)).tanh()
+        return inverse(seen.flatten(1)).tanh()
 
     def _own_moments(self, replay_buffer, batch_size: int):
         """-> history, later and action of `batch_size` of the agent's own steps, from play and
@@ -422,10 +423,11 @@ class ACAgent(DrQV2Agent):
     def update_inverse(self, replay_buffer, batch_size: int) -> dict[str, torch.Tensor]:
         """Fit the inverse model to the agent's own steps."""
         history, later, action = self._own_moments(replay_buffer, batch_size)
-        loss = action_loss(self._infer_actions(history, later), action)
+        loss = action_loss(self._infer_actions(self.inverse, history, later), action)
         self.inverse_opt.zero_grad(set_to_none=True)
         loss.backward()
         self.inverse_opt.step()
+        self._follow(self.labeller, self.inverse)
         return {'inverse_loss': loss.detach()}
 
     def clone_loss(self, batch_size: int) -> torch.Tensor:
@@ -436,13 +438,23 @@ class ACAgent(DrQV2Agent):
         history = self._moments(demos, i, steps, list(range(0, -layout.num_frames, -1)))
         with torch.no_grad():
             later = self._moments(demos, i, steps, list(range(1, self.NUM_AHEAD + 1)))
-            label = self._infer_actions(history, later)
+            label = self._infer_actions(self.labeller, history, later)
         shift = torch.randint(-self._max_shift, self._max_shift + 1, (batch_size,),
                               device=self.device)
         targets = self._moments(demos, i, steps + shift, list(layout.lookahead))
         left = torch.rand(batch_size, 1, device=self.device)  # actions must not depend on the clock
         features = self.encoder(layout.join(history, targets, left))
         return action_loss(self.actor(features, 0.0).mean, label)
+
+    @torch.no_grad()
+    def _follow(self, mean: nn.Module, net: nn.Module):
+        torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), self.MEAN_RATE)
+
+    def step_actor(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        metrics = super().step_actor(loss)
+        if self._w_clone:
+            self._follow(self.policy, self.actor)
+        return metrics
 
     def update_clone(self, batch_size: int) -> dict[str, torch.Tensor]:
         """One update of the actor by cloning alone."""

@@ -235,7 +235,7 @@ class DrQV2Agent:
 
         self.encoder = self.make_encoder(tuple(obs_shape)).to(self.device)
         sizes = (self.encoder.repr_dim, action_dim, feature_dim, hidden_dim)
-        self.actor = Actor(*sizes).to(self.device)
+        self.actor = self.policy = Actor(*sizes).to(self.device)  # the policy is what acts
         self.critic = Critic(*sizes).to(self.device)
         self.critic_target = Critic(*sizes).to(self.device).requires_grad_(False)
         self.critic_target.load_state_dict(self.critic.state_dict())
@@ -270,7 +270,7 @@ class DrQV2Agent:
     def act(self, obs: np.ndarray, step: int, eval_mode: bool) -> np.ndarray:
         """One observation, unbatched -> float32 (action_dim,) in [-1, 1]."""
         features = self.encoder(torch.as_tensor(obs, device=self.device)[None])
-        dist = self.actor(features, utils.schedule(self.stddev_schedule, step))
+        dist = self.policy(features, utils.schedule(self.stddev_schedule, step))
         if eval_mode:
             action = dist.mean
         elif step < self.num_expl_steps:

@@ -85,8 +85,7 @@ def check_all_settings(cfg):
     if cfg.w_clone and cfg.recipe == 'liu2017':
         raise UserError(f'w_clone={cfg.w_clone} takes a pose code, which recipe=liu2017 has not: '
                         'set w_clone=0.')
-    for key in ('lr', 'stddev_schedule'):
-        utils.schedule(cfg[key], 0)
+    utils.schedule(cfg.stddev_schedule, 0)
     if cfg.reward_scale is not None and not cfg.reward_scale > 0:
         raise UserError(f'reward_scale={cfg.reward_scale} must be above 0, or null for a reward '
                         'that does not saturate: set reward_scale=0.1.')

@@ -341,8 +341,7 @@ def check_same_run(work_dir: Path, before: dict, now: dict):
 def slim(source: str | Path, target: str | Path):
     """Copy a snapshot without what only training needs (optimisers, targets, random numbers).
 
-    Large layers, those of translators and of experts that see pixels, are halved in precision as
-    well. `experts/<task>.pt` and `ct/<task>.pt` are made by it: python utils.py slim IN OUT
+    Weights, but for the smallest layers, are halved in precision as well. `experts/<task>.pt` and `ct/<task>.pt` are made by it: python utils.py slim IN OUT
     """
     payload = load_snapshot(source, None, remedy='choose another')
     keep = ('format', 'kind', 'task', 'versions', 'command', 'machine', 'made_by', 'agent_args',
@@ -350,10 +349,10 @@ def slim(source: str | Path, target: str | Path):
     slimmed = {key: payload[key] for key in keep if key in payload}
 
     def halved(weights: dict) -> dict:
-        return {key: value.half() if value.numel() >= 2 ** 16 else value
+        return {key: value.half() if value.numel() >= 2 ** 12 else value
                 for key, value in weights.items()}
     if 'agent' in payload:
-        slimmed['agent'] = {key: halved(payload['agent'][key]) for key in ('encoder', 'actor')
+        slimmed['agent'] = {key: halved(payload['agent'][key]) for key in ('encoder', 'actor', 'policy')
                             if key in payload['agent']}
     if 'model' in payload:
         slimmed['model'] = halved(payload['model'])

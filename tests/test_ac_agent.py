@@ -593,8 +593,10 @@ def make_cloner(demos, play, **changes):
     torch.manual_seed(0)
     options = dict(reward_scale=0.1, w_feature=1.0, w_critic=0.0, w_clone=1.0, hidden_dim=64,
                    lr=3e-3, feature_dim=None, update_every_steps=1) | changes
-    return ACAgent((LAYOUT.size,), 2, feature_dim_of_frame=2, num_frames=2, lookahead=[1, 2],
-                   demos=demos, play=play, **options)
+    agent = ACAgent((LAYOUT.size,), 2, feature_dim_of_frame=2, num_frames=2, lookahead=[1, 2],
+                    demos=demos, play=play, **options)
+    agent.MEAN_RATE = 0.02  # there are fewer updates than in use
+    return agent
 
 
 def miss(agent, sign=1):
@@ -714,9 +716,9 @@ def test_an_agent_goes_on_from_its_state(tmp_path, demo_features):
 
 def test_of_a_slim_snapshot_it_can_act(demo_features):
     agent = make_cloner(demo_features, Play(*roll_out(at_random, 5, seed=1)))
-    state = {name: agent.state_dict()[name] for name in ('encoder', 'actor')}
-    alone = make_cloner(None, None, lr=1e-4)
-    for parameter in alone.actor.parameters():
+    state = {name: agent.state_dict()[name] for name in ('encoder', 'policy')}
+    alone = make_cloner(None, None)
+    for parameter in alone.policy.parameters():
         parameter.data.zero_()
     alone.load_state_dict(state)
     obs = np.ones(LAYOUT.size, np.float32)
