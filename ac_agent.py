@@ -390,7 +390,7 @@ class ACAgent(DrQV2Agent):
                  ) -> torch.Tensor:
         """Features of `episodes` (N, T+1, D), number i (B,), at steps (B,) + offsets (n,)
         -> (B, n, D)."""
-        at = steps[:, None] + torch.tensor(offsets, device=steps.device)
+        at = steps[:, None] + torch.tensor(offsets, dtype=torch.long, device=steps.device)
         return episodes[i[:, None], at.clamp(0, episodes.shape[1] - 1)]
 
     @staticmethod

@@ -678,6 +678,17 @@ def test_the_true_pose_has_the_best_scores():
     assert scores['open_loop_still'] == pytest.approx(np.median(still, axis=0).max(), rel=1e-3)
 
 
+def test_what_looks_the_same_after_half_a_turn_is_read_by_twice_its_angle(linear_probe):
+    splits = pose_splits('train', 'valid', 'play', 'play_valid')
+    features = TrueFeatures(splits)
+
+    def encode(frames):
+        slide, sine, cosine = features(frames).unbind(-1)
+        return torch.stack([slide, 2 * sine * cosine, cosine ** 2 - sine ** 2], dim=-1)
+    scores = PoseProbe(splits)(encode)
+    assert scores['rank'] > 0.999 and scores['probe'] < 0.05 and scores['probe_gross'] < 0.05
+
+
 def test_noise_has_the_worst_scores(linear_probe):
     torch.manual_seed(0)
     scores = PoseProbe(pose_splits('train', 'valid'))(
