@@ -1,4 +1,4 @@
-"""Every script composes with every task, and task files stay a few lines about DrQ-v2."""
+"""Every script composes with every task, and task files stay a few lines."""
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +37,12 @@ def test_every_task_file_composes(task):
 
 
 @pytest.mark.parametrize('task', [*FILES, *TIERS])
-def test_task_files_speak_of_nothing_but_drqv2(task):
+def test_task_files_speak_of_drqv2_and_of_the_imitators_targets_alone(task):
     """So that what is said of one script holds with each task."""
-    said = OmegaConf.load(CFGS / f'task/{task}.yaml').keys()
-    assert said <= {'defaults', 'task_name', 'drqv2'}
+    file = OmegaConf.load(CFGS / f'task/{task}.yaml')
+    said = file.keys()
+    assert said <= {'defaults', 'task_name', 'drqv2', 'imitator'}
+    assert file.get('imitator', {}).keys() <= {'lookahead'}
     assert ('task_name' in said) == (task in FILES)
 
 
@@ -49,10 +51,12 @@ KINDS = ['finger_spin', 'reacher_hard', 'walker_run', 'humanoid_walk', 'quadrupe
 
 
 def own_values(cfg):
-    """All but the task's name and what train.py takes from `drqv2`."""
+    """All but the task's name, what train.py takes from `drqv2`, and the imitator's targets."""
     values = OmegaConf.to_container(cfg, resolve=True)
     del values['task_name']
-    values.pop('drqv2')
+    for part in (values, values.get('agent', {})):
+        for key in ('drqv2', 'imitator', 'lookahead'):
+            part.pop(key, None)
     return values
 
 
@@ -72,8 +76,7 @@ def test_a_task_files_values_of_drqv2_apply_to_train_alone(script, recipe):
         if script == 'train_ac':
             assert (cfg.batch_size, cfg.nstep, cfg.replay_buffer_size) == (256, 1, 1_000_000)
             assert cfg.feature_dim is None and cfg.agent.feature_dim is None
-            assert cfg.agent.lr == cfg.lr == {
-                'pose_code': 'linear(1e-3,1e-4,20000)', 'liu2017': 5e-4}[recipe]
+            assert cfg.agent.lr == cfg.lr == {'pose_code': 1e-3, 'liu2017': 5e-4}[recipe]
             assert cfg.num_train_frames == {'pose_code': 40_000, 'liu2017': 100_000}[recipe]
 
 
@@ -97,6 +100,12 @@ def test_a_users_word_stands_above_the_task_files():
     assert cfg_of('train', 'task=humanoid_run', 'lr=1e-3').agent.lr == 1e-3
     cfg = cfg_of('train', 'task=humanoid_run', 'obs=states')  # that of states does as well
     assert (cfg.num_train_frames, cfg.lr, cfg.agent.feature_dim) == (600_000, 3e-4, None)
+
+
+def test_a_task_without_a_goal_of_the_episode_needs_no_targets():
+    assert cfg_of('train_ac', 'task=finger_spin').agent.lookahead == []
+    assert cfg_of('train_ac', 'task=reacher_hard').agent.lookahead == [1, 2, 3, 5, 8, 12]
+    assert cfg_of('train_ac', 'task=finger_spin', 'recipe=liu2017').lookahead == [1, 3, 6, 12]
 
 
 def test_recipes():
