@@ -305,9 +305,10 @@ class ACAgent(DrQV2Agent):
     An inverse model is fitted to what the agent's own actions did, in play and since. It says with
     which actions the agent would do what a demonstration shows, and the actor clones these (Torabi
     et al. 2018, BCO): as both go on while the agent acts, the inverse model comes to know what
-    happens where the demonstrations are. What labels and what acts are means of their weights over
-    the last updates (Polyak and Juditsky 1992): learning rates need not fall. Beside this, DrQ-v2's critic learns how well targets are
-    tracked, and the actor climbs it (with `w_critic`).
+    happens where the demonstrations are. The actor that acts and the inverse model that labels are
+    running means of the trained weights (Polyak and Juditsky 1992), so that learning rates can stay
+    constant. Beside this, DrQ-v2's critic learns how well targets are tracked, and the actor climbs
+    it (with `w_critic`).
 
     Reward depends only on the observation, and targets not on actions, so the critic's transitions
     can be relabelled (hindsight experience replay, Andrychowicz et al. 2017): a share of each batch
@@ -316,7 +317,7 @@ class ACAgent(DrQV2Agent):
     """
 
     NUM_AHEAD = 3  # frames after an action that the inverse model sees: a contact shows late
-    MEAN_RATE = 0.002  # of following the weights: a mean over some 500 updates
+    MEAN_RATE = 0.002  # of the running means: over some 500 updates
 
     def __init__(self, obs_shape, action_dim: int, feature_dim_of_frame: int, num_frames: int,
                  lookahead: list[int], reward_scale: float | None = 0.1, time_power: float = 0.0,
@@ -365,6 +366,8 @@ class ACAgent(DrQV2Agent):
         return {**super().state_dict(), 'num_updates': self._num_updates}
 
     def load_state_dict(self, state: dict):
+        if self._w_clone and 'policy' not in state:
+            raise utils.UserError('this imitator was made by an earlier version: start a new run.')
         super().load_state_dict(state)
         self._num_updates = state.get('num_updates', 0)
 
@@ -427,7 +430,7 @@ class ACAgent(DrQV2Agent):
         self.inverse_opt.zero_grad(set_to_none=True)
         loss.backward()
         self.inverse_opt.step()
-        self._follow(self.labeller, self.inverse)
+        self._update_mean(self.labeller, self.inverse, self.inverse_opt)
         return {'inverse_loss': loss.detach()}
 
     def clone_loss(self, batch_size: int) -> torch.Tensor:
@@ -447,13 +450,16 @@ class ACAgent(DrQV2Agent):
         return action_loss(self.actor(features, 0.0).mean, label)
 
     @torch.no_grad()
-    def _follow(self, mean: nn.Module, net: nn.Module):
-        torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), self.MEAN_RATE)
+    def _update_mean(self, mean: nn.Module, net: nn.Module, optimizer):
+        """After each update: at first a plain mean over all, so that nothing stays of the start."""
+        num_updates = float(optimizer.state[next(net.parameters())]['step'])
+        torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()),
+                             max(self.MEAN_RATE, 1 / num_updates))
 
     def step_actor(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         metrics = super().step_actor(loss)
         if self._w_clone:
-            self._follow(self.policy, self.actor)
+            self._update_mean(self.policy, self.actor, self.actor_opt)
         return metrics
 
     def update_clone(self, batch_size: int) -> dict[str, torch.Tensor]:

@@ -30,6 +30,8 @@ def check_settings(cfg):
     utils.require_at_least(cfg, 1, 'num_train_frames', 'batch_size', 'nstep', 'num_eval_episodes',
                            'snapshot_every_frames', 'frame_stack')
     utils.require_at_least(cfg, 2, 'replay_buffer_size')  # one transition
+    if not isinstance(cfg.lr, (int, float)) or cfg.lr <= 0:
+        raise UserError(f'lr={cfg.lr} must be a number above 0: set lr=1e-4.')
 
 
 def check_action_repeat(cfg):
@@ -137,7 +139,7 @@ class Workspace:
     def step(self, time_step, beside: ThreadPoolExecutor | None, try_update: bool):
         """One step of the training environment from `time_step`, and the update that is due."""
         # sample an action
-        with utils.eval_mode(self.agent.encoder, self.agent.actor):
+        with utils.eval_mode(self.agent.encoder, self.agent.policy):
             action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
         # try to update the agent; beside it or after it, the environment takes its step
         metrics = {}
@@ -178,7 +180,7 @@ class Workspace:
             episode_seed=utils.derive_seed(self.cfg.seed, EVAL, episode))
         yield time_step
         while not time_step.last():
-            with utils.eval_mode(self.agent.encoder, self.agent.actor):
+            with utils.eval_mode(self.agent.encoder, self.agent.policy):
                 action = self.agent.act(time_step.observation, self.global_step, eval_mode=True)
             time_step = self.eval_env.step(action)
             yield time_step

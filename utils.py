@@ -341,7 +341,8 @@ def check_same_run(work_dir: Path, before: dict, now: dict):
 def slim(source: str | Path, target: str | Path):
     """Copy a snapshot without what only training needs (optimisers, targets, random numbers).
 
-    Weights, but for the smallest layers, are halved in precision as well. `experts/<task>.pt` and `ct/<task>.pt` are made by it: python utils.py slim IN OUT
+    Weights of 4096 numbers or more are halved in precision as well. It makes `experts/<task>.pt`
+    and `ct/<task>.pt`: python utils.py slim IN OUT
     """
     payload = load_snapshot(source, None, remedy='choose another')
     keep = ('format', 'kind', 'task', 'versions', 'command', 'machine', 'made_by', 'agent_args',
@@ -352,7 +353,8 @@ def slim(source: str | Path, target: str | Path):
         return {key: value.half() if value.numel() >= 2 ** 12 else value
                 for key, value in weights.items()}
     if 'agent' in payload:
-        slimmed['agent'] = {key: halved(payload['agent'][key]) for key in ('encoder', 'actor', 'policy')
+        acting = 'policy' if 'policy' in payload['agent'] else 'actor'
+        slimmed['agent'] = {key: halved(payload['agent'][key]) for key in ('encoder', acting)
                             if key in payload['agent']}
     if 'model' in payload:
         slimmed['model'] = halved(payload['model'])

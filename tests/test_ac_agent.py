@@ -593,8 +593,9 @@ def make_cloner(demos, play, **changes):
     torch.manual_seed(0)
     options = dict(reward_scale=0.1, w_feature=1.0, w_critic=0.0, w_clone=1.0, hidden_dim=64,
                    lr=3e-3, feature_dim=None, update_every_steps=1) | changes
-    agent = ACAgent((LAYOUT.size,), 2, feature_dim_of_frame=2, num_frames=2, lookahead=[1, 2],
-                    demos=demos, play=play, **options)
+    lookahead = options.pop('lookahead', [1, 2])
+    agent = ACAgent((Layout(2, 2, tuple(lookahead)).size,), 2, feature_dim_of_frame=2, num_frames=2,
+                    lookahead=lookahead, demos=demos, play=play, **options)
     agent.MEAN_RATE = 0.02  # there are fewer updates than in use
     return agent
 
@@ -627,6 +628,51 @@ def test_it_clones_actions_that_it_was_never_shown(tmp_path, demo_features, opti
     assert {'inverse_loss', 'actor_loss'} <= metrics.keys()
     assert ('critic_loss' in metrics) == ('w_critic' in options)
     assert miss(agent) < 0.1
+
+
+def test_what_acts_and_what_labels_are_running_means(demo_features):
+    agent = make_cloner(demo_features, Play(*roll_out(at_random, 5, seed=1)))
+    pairs = ('policy', 'actor'), ('labeller', 'inverse')
+    means = {}
+    for step in range(1, 60):
+        agent.update_inverse(None, 16)
+        agent.update_clone(16)
+        for mean, net in pairs:
+            weights = getattr(agent, net).state_dict()
+            rate = max(0.02, 1 / step)
+            means[mean] = {key: torch.lerp(means[mean][key], value, rate) if step > 1
+                           else value.clone() for key, value in weights.items()}
+    for mean, net in pairs:
+        for key, value in getattr(agent, mean).state_dict().items():
+            torch.testing.assert_close(value, means[mean][key])
+            assert not torch.equal(value, getattr(agent, net).state_dict()[key])
+
+    obs = np.ones(LAYOUT.size, np.float32)
+    acts = agent.act(obs, 0, eval_mode=True)
+    features = agent.encoder(torch.from_numpy(obs)[None])
+    with torch.no_grad():
+        np.testing.assert_allclose(acts, agent.policy(features, 0.0).mean[0])
+        assert not np.allclose(acts, agent.actor(features, 0.0).mean[0])
+
+    def loss():
+        torch.manual_seed(0)
+        return float(agent.clone_loss(64))
+    before = loss()
+    agent.inverse[-1].bias.data += 1
+    assert loss() == before
+    agent.labeller[-1].bias.data += 1
+    assert loss() != before
+
+
+def test_it_clones_without_targets(demo_features):
+    """Then the actor learns to do what is done on average, and observations hold no targets."""
+    agent = make_cloner(demo_features, Play(*roll_out(at_random, 50, seed=1)), lookahead=[])
+    before = float(agent.clone_loss(256))
+    for _ in range(200):
+        agent.update_inverse(None, 64)
+        agent.update_clone(64)
+    assert float(agent.clone_loss(256)) < before
+    assert agent.act(np.ones(2 * 2 + 1, np.float32), 0, eval_mode=True).shape == (2,)
 
 
 def test_the_agents_own_steps_correct_a_misleading_play(tmp_path, demo_features):
@@ -716,6 +762,8 @@ def test_an_agent_goes_on_from_its_state(tmp_path, demo_features):
 
 def test_of_a_slim_snapshot_it_can_act(demo_features):
     agent = make_cloner(demo_features, Play(*roll_out(at_random, 5, seed=1)))
+    for _ in range(3):
+        agent.update_clone(16)
     state = {name: agent.state_dict()[name] for name in ('encoder', 'policy')}
     alone = make_cloner(None, None)
     for parameter in alone.policy.parameters():
