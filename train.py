@@ -30,8 +30,6 @@ def check_settings(cfg):
     utils.require_at_least(cfg, 1, 'num_train_frames', 'batch_size', 'nstep', 'num_eval_episodes',
                            'snapshot_every_frames', 'frame_stack')
     utils.require_at_least(cfg, 2, 'replay_buffer_size')  # one transition
-    if not isinstance(cfg.lr, (int, float)) or cfg.lr <= 0:
-        raise UserError(f'lr={cfg.lr} must be a number above 0: set lr=1e-4.')
 
 
 def check_action_repeat(cfg):

@@ -86,6 +86,8 @@ def check_all_settings(cfg):
         raise UserError(f'w_clone={cfg.w_clone} takes a pose code, which recipe=liu2017 has not: '
                         'set w_clone=0.')
     utils.schedule(cfg.stddev_schedule, 0)
+    if not isinstance(cfg.lr, (int, float)) or cfg.lr <= 0:
+        raise UserError(f'lr={cfg.lr} must be a number above 0: set lr=1e-3.')
     if cfg.reward_scale is not None and not cfg.reward_scale > 0:
         raise UserError(f'reward_scale={cfg.reward_scale} must be above 0, or null for a reward '
                         'that does not saturate: set reward_scale=0.1.')

@@ -316,7 +316,7 @@ def no_filming(monkeypatch):
     ({'w_critic': 1, 'lookahead': [2]}, 'set relabel=0'),
     ({'w_critic': 1, 'relabel': 0, 'lookahead': []}, 'set relabel=0'),
     ({'w_critic': 1, 'nstep': 3}, 'set nstep=1'),
-    ({'lr': 'linear(1e-3,1e-4,20000)'}, 'set lr=1e-4'), ({'lr': 0}, 'set lr=1e-4'),
+    ({'lr': 'linear(1e-3,1e-4,20000)'}, 'set lr=1e-3'), ({'lr': 0}, 'set lr=1e-3'),
     ({'lookahead': [0, 1]}, r'lookahead=\[1,3'), ({'lookahead': [1, -3]}, r'lookahead=\[1,3'),
     ({'w_feature': 0, 'w_img': 0}, 'set w_feature=1'), ({'w_img': -1}, 'set w_feature=1'),
     ({'w_critic': 0, 'w_clone': 0}, 'set w_critic=1'), ({'w_clone': -1}, 'set w_critic=1'),
