@@ -48,12 +48,16 @@ class Layout(NamedTuple):
                 obs[..., seen:-1].unflatten(-1, (len(self.lookahead), self.feature_dim)),
                 obs[..., -1:])
 
-    def targets(self, demo: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Demonstrations (..., T+1, D), seen from `steps` (...) -> targets (..., L, D)."""
-        ahead = steps[..., None] + torch.tensor(self.lookahead, dtype=torch.long,
-                                                device=steps.device)
-        ahead = ahead.clamp(0, demo.shape[-2] - 1)
-        return demo.gather(-2, ahead[..., None].expand(*ahead.shape, self.feature_dim))
+    def targets(self, demos: torch.Tensor, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Demonstrations (N, T+1, D), number i (B,), seen from steps (B,) -> (B, L, D)."""
+        return moments(demos, i, steps, self.lookahead)
+
+
+def moments(episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, offsets) -> torch.Tensor:
+    """Features of `episodes` (N, T+1, D), number i (B,), at steps (B,) + offsets (n,)
+    -> (B, n, D); beyond both ends those of the first and the last frame."""
+    at = steps[:, None] + torch.tensor(list(offsets), dtype=torch.long, device=steps.device)
+    return episodes[i[:, None], at.clamp(0, episodes.shape[1] - 1)]
 
 
 class Reward(NamedTuple):
@@ -260,7 +264,8 @@ class Imitation(dmc.Wrapper):
         return float(self._reward_of(distance, torch.tensor(self._step / self._horizon)))
 
     def _observation(self) -> np.ndarray:
-        targets = self._layout.targets(self._translation.features, torch.tensor(self._step))
+        targets = self._layout.targets(self._translation.features[None], torch.tensor([0]),
+                                       torch.tensor([self._step]))[0]
         left = torch.tensor([1 - self._step / self._horizon])
         return self._layout.join(torch.stack(list(self._features)), targets, left).numpy()
 
@@ -317,13 +322,13 @@ class ACAgent(DrQV2Agent):
     """
 
     NUM_AHEAD = 3  # frames after an action that the inverse model sees: a contact shows late
-    MEAN_RATE = 0.002  # of the running means: over some 500 updates
+    MEAN_RATE = 0.002  # at which running means follow the weights: some 500 updates
 
     def __init__(self, obs_shape, action_dim: int, feature_dim_of_frame: int, num_frames: int,
                  lookahead: list[int], reward_scale: float | None = 0.1, time_power: float = 0.0,
                  w_feature: float = 1.0, w_critic: float = 1.0, w_clone: float = 0.0,
                  max_shift: int = 0, num_pretrain_updates: int = 0, relabel: float = 0.0,
-                 hindsight: float = 0.0, hidden_dim: int = 512,
+                 hindsight: float = 0.0, lr: float = 1e-4, hidden_dim: int = 512,
                  demos: torch.Tensor | None = None, play: Play | None = None, **drqv2_args):
         """
         Args:
@@ -337,7 +342,7 @@ class ACAgent(DrQV2Agent):
           relabel: the share of transitions that get targets of others.
           hindsight: the share whose targets are what the agent achieved. Both take 1 as the first
             of `lookahead`, and 1-step returns.
-          hidden_dim: of actor, critic and inverse model.
+          lr, hidden_dim: of actor, critic and inverse model.
           demos: float32 (N, T+1, D), to be cloned.
           drqv2_args: see `DrQV2Agent`.
         """
@@ -346,12 +351,11 @@ class ACAgent(DrQV2Agent):
         self._w_critic, self._w_clone, self._max_shift = w_critic, w_clone, max_shift
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
         self._relabel, self._hindsight = relabel, hindsight
-        super().__init__(obs_shape, action_dim, hidden_dim=hidden_dim, **drqv2_args)
+        super().__init__(obs_shape, action_dim, lr=lr, hidden_dim=hidden_dim, **drqv2_args)
         if w_clone:
             in_dim = feature_dim_of_frame * (num_frames + self.NUM_AHEAD)
             self.inverse = mlp(in_dim, hidden_dim, action_dim).to(self.device)
-            self.inverse_opt = torch.optim.Adam(self.inverse.parameters(),
-                                                lr=self.actor_opt.defaults['lr'], fused=True)
+            self.inverse_opt = torch.optim.Adam(self.inverse.parameters(), lr=lr, fused=True)
             self.policy, self.labeller = (copy.deepcopy(net).requires_grad_(False)
                                           for net in (self.actor, self.inverse))
             self._parts = (*self._parts, 'policy', 'inverse', 'inverse_opt', 'labeller')
@@ -389,13 +393,6 @@ class ACAgent(DrQV2Agent):
 
     # ------------------------------------------------------------- inverse model and cloning
 
-    def _moments(self, episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, offsets
-                 ) -> torch.Tensor:
-        """Features of `episodes` (N, T+1, D), number i (B,), at steps (B,) + offsets (n,)
-        -> (B, n, D)."""
-        at = steps[:, None] + torch.tensor(offsets, dtype=torch.long, device=steps.device)
-        return episodes[i[:, None], at.clamp(0, episodes.shape[1] - 1)]
-
     @staticmethod
     def _infer_actions(inverse: nn.Module, history: torch.Tensor, later: torch.Tensor
                        ) -> torch.Tensor:
@@ -414,8 +411,8 @@ class ACAgent(DrQV2Agent):
         past, ahead = range(0, -self._layout.num_frames, -1), range(1, self.NUM_AHEAD + 1)
         i = torch.randint(len(self._play.features), (n,), device=self.device)
         steps = torch.randint(self._play.actions.shape[1], (n,), device=self.device)
-        parts = [(self._moments(self._play.features, i, steps, list(past)),
-                  self._moments(self._play.features, i, steps, list(ahead)),
+        parts = [(moments(self._play.features, i, steps, past),
+                  moments(self._play.features, i, steps, ahead),
                   self._play.actions[i, steps])]
         if n < batch_size:
             obs, action, _, _, _, *later = replay_buffer.sample(batch_size - n, ahead=tuple(ahead))
@@ -438,20 +435,21 @@ class ACAgent(DrQV2Agent):
         demos, layout = self._demos, self._layout
         i = torch.randint(len(demos), (batch_size,), device=self.device)
         steps = torch.randint(demos.shape[1] - 1, (batch_size,), device=self.device)
-        history = self._moments(demos, i, steps, list(range(0, -layout.num_frames, -1)))
+        history = moments(demos, i, steps, range(0, -layout.num_frames, -1))
         with torch.no_grad():
-            later = self._moments(demos, i, steps, list(range(1, self.NUM_AHEAD + 1)))
+            later = moments(demos, i, steps, range(1, self.NUM_AHEAD + 1))
             label = self._infer_actions(self.labeller, history, later)
         shift = torch.randint(-self._max_shift, self._max_shift + 1, (batch_size,),
                               device=self.device)
-        targets = self._moments(demos, i, steps + shift, list(layout.lookahead))
+        targets = layout.targets(demos, i, steps + shift)
         left = torch.rand(batch_size, 1, device=self.device)  # actions must not depend on the clock
         features = self.encoder(layout.join(history, targets, left))
         return action_loss(self.actor(features, 0.0).mean, label)
 
     @torch.no_grad()
     def _update_mean(self, mean: nn.Module, net: nn.Module, optimizer):
-        """After each update: at first a plain mean over all, so that nothing stays of the start."""
+        """Move a mean towards its network, after each update of that. At first it is the plain mean
+        over all updates, so that the initial weights have no part in it."""
         num_updates = float(optimizer.state[next(net.parameters())]['step'])
         torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()),
                              max(self.MEAN_RATE, 1 / num_updates))

@@ -235,7 +235,8 @@ class DrQV2Agent:
 
         self.encoder = self.make_encoder(tuple(obs_shape)).to(self.device)
         sizes = (self.encoder.repr_dim, action_dim, feature_dim, hidden_dim)
-        self.actor = self.policy = Actor(*sizes).to(self.device)  # the policy acts
+        # The policy acts; a subclass may act with other weights than it trains.
+        self.actor = self.policy = Actor(*sizes).to(self.device)
         self.critic = Critic(*sizes).to(self.device)
         self.critic_target = Critic(*sizes).to(self.device).requires_grad_(False)
         self.critic_target.load_state_dict(self.critic.state_dict())

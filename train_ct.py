@@ -214,9 +214,9 @@ class Evaluator:
 class PoseProbe:
     """Measures how well features tell the physical pose, with held-out videos: evaluation only.
 
-    No pose enters any training: a probe is fitted to features that stay as they are. A body that
-    looks the same after half a turn (finger_spin's spinner) cannot tell a picture its angle, only
-    twice that: a joint of which the probe cannot read the one but the other is judged by the other.
+    No pose enters any training: a probe is fitted to features that stay as they are. A picture
+    cannot tell the angle of a body that looks the same after half a turn (finger_spin's spinner),
+    only twice the angle. A joint is judged by that where the probe can read it but not the angle.
     """
 
     def __init__(self, splits: dict[str, video.Clips], num_episodes: int = 50,
@@ -226,7 +226,7 @@ class PoseProbe:
           splits: 'train' and 'valid', with or without 'play' and 'play_valid'.
           num_episodes: to measure on, of each split; the probe is fitted on twice as many.
         """
-        self._device, self._splits, self._frames = torch.device(device), splits, {}
+        self._device, self._splits = torch.device(device), splits
         self._joints = splits['train'].meta['joints']
         self._poses = {}
         for name, clips in splits.items():
@@ -238,21 +238,22 @@ class PoseProbe:
         self._scale = fitted.std(0) + 1e-6
         self._angles = [k for k, joint in enumerate(self._joints) if joint == 'hinge']
         self._lengths = [k for k, joint in enumerate(self._joints) if joint in ('slide', 'other')]
-        self._times = np.ones(len(self._angles))  # that an angle is taken
 
-    def _vectors(self, qpos: np.ndarray) -> np.ndarray:
-        """qpos (..., nq) -> (..., n): sine and cosine of angles; lengths in standard deviations."""
-        angles = qpos[..., self._angles] * self._times
+    def _vectors(self, qpos: np.ndarray, times: np.ndarray | int) -> np.ndarray:
+        """qpos (..., nq) -> (..., n): sine and cosine of `times` the angles; lengths in standard
+        deviations."""
+        angles = qpos[..., self._angles] * times
         lengths = (qpos / self._scale)[..., self._lengths]
         return np.concatenate([np.sin(angles), np.cos(angles), lengths], axis=-1)
 
-    def _errors(self, vectors: np.ndarray, qpos: np.ndarray) -> np.ndarray:
+    def _errors(self, vectors: np.ndarray, qpos: np.ndarray, times: np.ndarray | int
+                ) -> np.ndarray:
         """Read-out vectors (..., n) against qpos (..., nq) -> the error of each joint: rad, or
         standard deviations of a length."""
         num = len(self._angles)
         angles = np.arctan2(vectors[..., :num], vectors[..., num:2 * num])
-        off = angles - qpos[..., self._angles] * self._times
-        off = ((off + np.pi) % (2 * np.pi) - np.pi) / self._times
+        off = angles - qpos[..., self._angles] * times
+        off = ((off + np.pi) % (2 * np.pi) - np.pi) / times
         lengths = vectors[..., 2 * num:] - (qpos / self._scale)[..., self._lengths]
         return np.abs(np.concatenate([off, lengths], axis=-1))
 
@@ -283,7 +284,8 @@ class PoseProbe:
         codes = {name: self._encode(encode, name) for name in self._splits}
         poses = {name: np.repeat(qpos[:, None], codes[name].shape[1], axis=1)
                  for name, qpos in self._poses.items()}
-        read = self._fit([name for name in codes if not name.endswith('valid')], codes, poses, seed)
+        fitted = [name for name in codes if not name.endswith('valid')]
+        read, times = self._fit(fitted, codes, poses, seed)
         for name in codes:
             if not name.endswith('valid'):
                 continue
@@ -292,28 +294,26 @@ class PoseProbe:
             flat, qpos = z.flatten(0, 2).cpu().numpy(), poses[name].reshape(-1, len(self._joints))
             one, other = rng.integers(len(flat), size=(2, 20_000))
             apart = ((flat[one] - flat[other]) ** 2).sum(1)
-            vectors = self._vectors(qpos)
+            vectors = self._vectors(qpos, times)
             pose_apart = ((vectors[one] - vectors[other]) ** 2).sum(1)
             same_moment = (z - z.roll(1, 1)).square().sum(-1).mean()
             scores[f'agreement{suffix}'] = float(same_moment) / float(apart.mean())
             scores[f'rank{suffix}'] = float(scipy.stats.spearmanr(apart, pose_apart).statistic)
-            errors = self._errors(read(z.flatten(0, 2)), qpos)
+            errors = self._errors(read(z.flatten(0, 2)), qpos, times)
             scores[f'probe{suffix}'] = float(np.median(errors, axis=0).max())
             scores[f'probe_gross{suffix}'] = float((errors > 0.3).mean(0).max())
         if dynamics is not None and 'play_valid' in codes:
-            scores |= self._open_loop(dynamics, read, codes['play_valid'], poses['play_valid'])
+            scores |= self._open_loop(dynamics, read, times, codes['play_valid'],
+                                      poses['play_valid'])
         return scores
 
     def _fit(self, names: list[str], codes: dict, poses: dict, seed: int):
-        """-> a function that reads pose vectors (N, n) out of features (N, D)."""
+        """-> a function that reads pose vectors (N, n) out of features (N, D), and for each angle
+        1, or 2 where twice the angle is read."""
         z = torch.cat([codes[name].flatten(0, 2) for name in names])
         qpos = np.concatenate([poses[name].reshape(-1, len(self._joints)) for name in names])
-        truth = []
-        for times in (1, 2):
-            self._times[:] = times
-            truth.append(self._vectors(qpos))
-        num_values = truth[0].shape[1]
-        truth = torch.from_numpy(np.concatenate(truth, axis=1)).float().to(z.device)
+        truth = np.concatenate([self._vectors(qpos, times) for times in (1, 2)], axis=1)
+        truth = torch.from_numpy(truth).float().to(z.device)
         mean, std = z.mean(0), z.std(0) + 1e-6
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -329,23 +329,24 @@ class PoseProbe:
                 optimizer.step()
 
         @torch.no_grad()
-        def read(features: torch.Tensor) -> np.ndarray:
-            once, twice = net((features - mean) / std).cpu().split(num_values, dim=1)
-            doubled = np.zeros(num_values, bool)
-            doubled[:2 * len(self._angles)] = np.tile(self._times == 2, 2)
-            return np.where(doubled, twice.numpy(), once.numpy())
+        def read_both(features: torch.Tensor) -> list[np.ndarray]:
+            return np.split(net((features - mean) / std).cpu().numpy(), 2, axis=1)
 
-        gross = []
-        for times in (1, 2):
-            self._times[:] = times
-            gross.append((self._errors(read(z), qpos) > 0.3).mean(0)[:len(self._angles)])
-        self._times[:] = 1 + ((gross[0] > 0.5) & (gross[1] < 0.5))
-        return read
+        once, twice = ((self._errors(vectors, qpos, times) > 0.3).mean(0)[:len(self._angles)]
+                       for times, vectors in enumerate(read_both(z), start=1))
+        times = np.where((once > 0.5) & (twice < 0.5), 2, 1)
+        doubled = np.concatenate([times == 2, times == 2, np.zeros(len(self._lengths), bool)])
+
+        def read(features: torch.Tensor) -> np.ndarray:
+            once, twice = read_both(features)
+            return np.where(doubled, twice, once)
+        return read, times
 
     @torch.no_grad()
-    def _open_loop(self, dynamics, read, codes: torch.Tensor, poses: np.ndarray,
+    def _open_loop(self, dynamics, read, times: np.ndarray, codes: torch.Tensor, poses: np.ndarray,
                    num_steps: int = 10) -> dict[str, float]:
-        """From every tenth moment of play, in one context each; {} where clips are too short."""
+        """Predict from every tenth moment of play, in one context each; {} where clips are too
+        short."""
         history = dynamics.HISTORY
         starts = range(0, codes.shape[2] - history - num_steps + 1, 10)
         if not starts:
@@ -360,8 +361,8 @@ class PoseProbe:
             truth.append(poses[:, 0, now + num_steps])
             before.append(poses[:, 0, now])
         truth, before = np.concatenate(truth), np.concatenate(before)
-        moved = self._errors(read(torch.cat(predicted)), truth)
-        still = self._errors(self._vectors(before), truth)
+        moved = self._errors(read(torch.cat(predicted)), truth, times)
+        still = self._errors(self._vectors(before, times), truth, times)
         return {'open_loop': float(np.median(moved, axis=0).max()),
                 'open_loop_still': float(np.median(still, axis=0).max())}
 

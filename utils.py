@@ -341,8 +341,8 @@ def check_same_run(work_dir: Path, before: dict, now: dict):
 def slim(source: str | Path, target: str | Path):
     """Copy a snapshot without what only training needs (optimisers, targets, random numbers).
 
-    Weights of 4096 numbers or more are halved in precision as well. It makes `experts/<task>.pt`
-    and `ct/<task>.pt`: python utils.py slim IN OUT
+    Tensors of 4096 numbers or more are stored in half precision. This makes `experts/<task>.pt` and
+    `ct/<task>.pt`: python utils.py slim IN OUT
     """
     payload = load_snapshot(source, None, remedy='choose another')
     keep = ('format', 'kind', 'task', 'versions', 'command', 'machine', 'made_by', 'agent_args',

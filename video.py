@@ -7,7 +7,7 @@ A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder 
         episode_00012.npy   uint8 (num_contexts, episode_len + 1, H, W, 3): one episode filmed in
                             every context; frame t is what is seen before action t
         episode_00012.json  episode_seed, contexts, qpos (the pose in each frame, for evaluation
-                            only); of an expert rewards and expert_return, of play actions
+                            only); an expert's has rewards and expert_return, play's has actions
         preview_00000.mp4   the first episodes, all contexts side by side: to look at
 
 An episode is there once its json is: the frames are written and renamed first, so a generation

@@ -22,6 +22,7 @@ from ac_agent import (
 from ct_model import ContextTranslator, to_uint8
 from drqv2 import DrQV2Agent
 from replay_buffer import ReplayBuffer
+from utils import UserError
 
 # ------------------------------------------------------------------------------ layout and reward
 
@@ -49,9 +50,10 @@ def test_targets_stand_still_beyond_both_ends():
     demo = torch.arange(5.0)[:, None]  # features 0 to 4
     for step, expected in ((0, [1, 3]), (2, [3, 4]), (4, [4, 4]), (9, [4, 4]), (-2, [0, 1]),
                            (-9, [0, 0])):
-        assert layout.targets(demo, torch.tensor(step))[:, 0].tolist() == expected
+        targets = layout.targets(demo[None], torch.tensor([0]), torch.tensor([step]))
+        assert targets[0, :, 0].tolist() == expected
     demos = torch.stack([demo, 10 + demo])
-    targets = layout.targets(demos, torch.tensor([0, 3]))
+    targets = layout.targets(demos, torch.tensor([0, 1]), torch.tensor([0, 3]))
     assert targets[..., 0].tolist() == [[1, 3], [14, 14]]
 
 
@@ -572,7 +574,8 @@ def observe(features, demo, t):
     """Of one episode at step t, which follows `demo`."""
     history = torch.stack([features[max(t - back, 0)] for back in range(LAYOUT.num_frames)])
     left = torch.tensor([1 - t / (len(features) - 1)])
-    return LAYOUT.join(history, LAYOUT.targets(demo, torch.tensor(t)), left).numpy()
+    targets = LAYOUT.targets(demo[None], torch.tensor([0]), torch.tensor([t]))[0]
+    return LAYOUT.join(history, targets, left).numpy()
 
 
 def store(folder, features, actions, demos):
@@ -758,6 +761,15 @@ def test_an_agent_goes_on_from_its_state(tmp_path, demo_features):
         torch.manual_seed(7)
         losses.append([each.update(own, 16, step) for step in range(3, 6)])
     assert losses[0] == losses[1]
+    obs = np.ones(LAYOUT.size, np.float32)
+    np.testing.assert_array_equal(*(each.act(obs, 0, eval_mode=True) for each in (agent, other)))
+
+
+def test_an_imitator_of_an_earlier_version_is_refused(demo_features):
+    agent = make_cloner(demo_features, Play(*roll_out(at_random, 5, seed=1)))
+    state = {name: part for name, part in agent.state_dict().items() if name != 'policy'}
+    with pytest.raises(UserError, match='earlier version'):
+        agent.load_state_dict(state)
 
 
 def test_of_a_slim_snapshot_it_can_act(demo_features):

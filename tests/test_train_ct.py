@@ -687,6 +687,7 @@ def test_what_looks_the_same_after_half_a_turn_is_read_by_twice_its_angle(linear
         return torch.stack([slide, 2 * sine * cosine, cosine ** 2 - sine ** 2], dim=-1)
     scores = PoseProbe(splits)(encode)
     assert scores['rank'] > 0.999 and scores['probe'] < 0.05 and scores['probe_gross'] < 0.05
+    assert scores['rank_play'] > 0.999 and scores['probe_play'] < 0.1
 
 
 def test_noise_has_the_worst_scores(linear_probe):

@@ -95,18 +95,27 @@ def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
 
 def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, 'command', lambda: 'train.py seed=2')
-    agent = {name: {'w': torch.ones(2), 'large': torch.ones(300, 300)}
+    made = {'agent_args': {'obs_shape': [6]}, 'made_by': {}, 'global_step': 5}
+    agent = {name: {'w': torch.ones(2), 'small': torch.ones(4095), 'large': torch.ones(64, 64)}
              for name in ('encoder', 'actor', 'critic', 'actor_opt')}
     utils.save_snapshot(tmp_path / 'run.pt', 'expert', 'reacher_hard',
-                        {'agent': agent, 'agent_args': {'obs_shape': [6]}, 'made_by': {},
-                         'global_step': 5})
+                        {'agent': agent, **made})
     utils.slim(tmp_path / 'run.pt', tmp_path / 'slim.pt')
     slim = utils.load_snapshot(tmp_path / 'slim.pt', 'expert', 'reacher_hard')
     assert slim['agent'].keys() == {'encoder', 'actor'}
     assert slim['agent']['actor']['w'].dtype == torch.float32
+    assert slim['agent']['actor']['small'].dtype == torch.float32
     assert slim['agent']['actor']['large'].dtype == torch.float16
     assert slim['agent_args'] == {'obs_shape': [6]}
     assert slim['command'] == 'train.py seed=2'
+
+    agent['policy'] = agent['actor']  # an imitator acts with another actor than it trains
+    (tmp_path / 'run.pt').unlink()
+    utils.save_snapshot(tmp_path / 'run.pt', 'imitator', 'reacher_hard',
+                        {'agent': agent, **made})
+    utils.slim(tmp_path / 'run.pt', tmp_path / 'slim.pt')
+    slim = utils.load_snapshot(tmp_path / 'slim.pt', 'imitator', 'reacher_hard')
+    assert slim['agent'].keys() == {'encoder', 'policy'}
 
 
 def test_device():
