@@ -184,8 +184,9 @@ class Workspace:
             yield time_step
 
     def eval(self):
-        """Into `last_eval`, means over episodes 0 to num_eval_episodes - 1."""
-        returns = []
+        """Into `last_eval`, means over episodes 0 to num_eval_episodes - 1; each of them into
+        `last_eval_episodes`."""
+        self.last_eval_episodes = []
         for episode in range(self.cfg.num_eval_episodes):
             episode_reward = 0.0
             for time_step in self.play(episode):
@@ -194,13 +195,14 @@ class Workspace:
                 else:
                     self.video.record(self.eval_env)
                     episode_reward += time_step.reward
-            returns.append(episode_reward)
             self.video.save(f'{self.global_frame}.mp4')
-            self.logger.log_metrics({'episode_reward': episode_reward,
-                                     **self.eval_env.episode_info}, self.global_frame, 'eval')
+            self.last_eval_episodes.append({'episode_reward': episode_reward,
+                                            **self.eval_env.episode_info})
+            self.logger.log_metrics(self.last_eval_episodes[-1], self.global_frame, 'eval')
         self.logger.log_metrics({'total_time': self.timer.total()}, self.global_frame, 'eval')
         self.last_eval_step = self.global_step
         self.last_eval = self.logger.dump(self.global_frame, 'eval')
+        returns = [episode['episode_reward'] for episode in self.last_eval_episodes]
         self.evaluations.append(
             [self.global_frame, float(np.mean(returns)), float(np.std(returns))])
         self.warn_if_dead()

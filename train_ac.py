@@ -51,7 +51,8 @@ def film_demonstrations(cfg, im_size: int):
 
 
 def report(workspace: Workspace, num_videos: int = 5) -> str:
-    """Write report.md and demo.mp4 into the run's folder: what came of it, to read and to see."""
+    """Write report.md, episodes.csv and demo.mp4 into the run's folder: what came of it, to read
+    and to see."""
     result = workspace.last_eval
     clips = [[workspace.eval_env.panels(64) for _ in workspace.play(episode)]
              for episode in range(num_videos)]
@@ -69,6 +70,10 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
             f"| PSNR of copying the first frame | {result['psnr_copy_first']:.1f} dB |\n")
     with utils.atomic_write(workspace.work_dir / 'report.md') as tmp:
         tmp.write_text(text)
+    columns = 'task_return', 'expert_return', 'random_return'
+    rows = [[episode[name] for name in columns] for episode in workspace.last_eval_episodes]
+    with utils.atomic_write(workspace.work_dir / 'episodes.csv') as tmp:
+        np.savetxt(tmp, rows, fmt='%.4f', delimiter=',', header=','.join(columns), comments='')
     return f'\n{text}\nvideo: {path}\ntable: {workspace.work_dir / "report.md"}'
 
 

@@ -240,6 +240,10 @@ def test_the_report_says_how_it_compares(cfg, tmp_path):
     assert (tmp_path / 'run/demo.mp4').exists()
     assert (tmp_path / 'run/report.md').read_text() in text
     result = workspace.last_eval
+    episodes = np.genfromtxt(tmp_path / 'run/episodes.csv', delimiter=',', names=True)
+    assert len(episodes) == workspace.cfg.num_eval_episodes
+    for name in ('task_return', 'expert_return', 'random_return'):
+        assert episodes[name].mean() == pytest.approx(result[name])
     assert result['expert_return'] == 5.0
     assert f"| return, imitator | {result['task_return']:.1f} |" in text
     low, high = result['random_return'], result['expert_return']

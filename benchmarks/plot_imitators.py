@@ -1,0 +1,106 @@
+"""How well imitators do, over seeds: python benchmarks/plot_imitators.py RUN [RUN ...]
+
+Each RUN is a folder that train_ac.py wrote to the end. Runs of one task are its seeds: prints a row
+of a table for each task, and draws the learning curves in demo/imitators.png.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.stats
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402
+
+
+def read(run: Path) -> tuple[str, np.ndarray, np.ndarray]:
+    """-> the run's task, and its eval.csv and episodes.csv, with the names of their columns.
+
+    Raises: UserError for what is no finished run of train_ac.py.
+    """
+    paths = run / '.hydra/config.yaml', run / 'eval.csv', run / 'episodes.csv'
+    for path in paths:
+        if not path.exists():
+            raise utils.UserError(f'{path} is missing: choose the folder of a run of train_ac.py, '
+                                  'which has it at the end; the same command goes on with it.')
+    curve, episodes = (np.genfromtxt(path, delimiter=',', names=True) for path in paths[1:])
+    return OmegaConf.load(paths[0]).task_name, curve, episodes
+
+
+def scores(episodes: np.ndarray) -> np.ndarray:
+    """How far each episode went from the random policy to the expert: 1 - (expert - imitator) /
+    mean(expert - random), whose mean is (imitator - random) / (expert - random) of the means.
+
+    With a mean below the line, since in some episodes the expert has nothing to do.
+    """
+    span = (episodes['expert_return'] - episodes['random_return']).mean()
+    return 1 - (episodes['expert_return'] - episodes['task_return']) / span
+
+
+def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The mean of the middle half (Agarwal et al. 2021)."""
+    return scipy.stats.trim_mean(values, 0.25, axis=axis)
+
+
+def row(task: str, runs: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    """A row of the table: the mean of each seed, and over all their episodes the interquartile
+    mean with its 95% interval (percentile bootstrap); steps to 90% of the last mean."""
+    each = [scores(episodes) for _, episodes in runs]
+    pooled = np.concatenate(each)
+    interval = scipy.stats.bootstrap((pooled,), interquartile_mean, method='percentile',
+                                     rng=np.random.default_rng(0)).confidence_interval
+    reached = []
+    for curve, _ in runs:
+        level = progress(curve)
+        first = np.argmax(level >= 0.9 * level[-1])
+        reached.append((curve['frame'][first], curve['total_time'][first] / 60))
+    frames, minutes = np.mean(reached, axis=0)
+    return (f"| {task} | {' '.join(f'{values.mean():.2f}' for values in each)} | "
+            f'{np.mean([values.mean() for values in each]):.2f} | '
+            f'{interquartile_mean(pooled):.2f} [{interval.low:.2f}, {interval.high:.2f}] | '
+            f'{frames:,.0f} | {minutes:.0f} |')
+
+
+def progress(curve: np.ndarray) -> np.ndarray:
+    return ((curve['task_return'] - curve['random_return'])
+            / (curve['expert_return'] - curve['random_return']))
+
+
+def plot(tasks: dict[str, list], target: Path):
+    """A panel for each task, a line for each seed."""
+    fig, all_axes = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks), 2.8), sharey=True,
+                                 layout='constrained', squeeze=False)
+    for axes, (task, runs) in zip(all_axes[0], tasks.items(), strict=True):
+        for curve, _ in runs:
+            axes.plot(curve['frame'] / 1000, progress(curve), '.-')
+        axes.axhline(1, color='grey', linewidth=0.8)
+        axes.set(title=task, xlabel='thousand frames', ylim=(-0.1, 1.1))
+        axes.grid(alpha=0.3)
+    all_axes[0][0].set_ylabel('random 0, expert 1')
+    with utils.atomic_write(target) as tmp:
+        fig.savefig(tmp, dpi=100)
+    plt.close(fig)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
+    tasks = {}
+    for run in parser.parse_args().runs:
+        task, curve, episodes = read(run)
+        tasks.setdefault(task, []).append((curve, episodes))
+    plot(tasks, ROOT / 'demo/imitators.png')
+    print('| task | seeds | mean | IQM [95%] | frames to 90% of it | minutes |\n'
+          '|---|---|---|---|---|---|')
+    for task, runs in tasks.items():
+        print(row(task, runs))
+
+
+if __name__ == '__main__':
+    with utils.exit_on_user_error():
+        main()
