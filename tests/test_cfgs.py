@@ -114,7 +114,7 @@ def test_recipes():
     assert (cfg.recipe, cfg.play_share, cfg.model.code_dim) == ('liu2017', 0, None)
     assert cfg.model.hidden == 512
     cfg = cfg_of('train_ct')
-    assert (cfg.recipe, cfg.play_share, cfg.model.code_dim) == ('pose_code', 0.5, 8)
+    assert (cfg.recipe, cfg.play_share, cfg.model.code_dim) == ('pose_code', 0.5, 16)
     assert cfg.code.lr == f'linear(1e-3,1e-5,{cfg.code.num_steps})'
     cfg = cfg_of('train_ac', 'recipe=liu2017')
     assert (cfg.recipe, cfg.agent.w_clone, cfg.agent.w_critic) == ('liu2017', 0, 1)
