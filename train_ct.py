@@ -216,8 +216,8 @@ class PoseProbe:
 
     No pose enters any training: a probe is fitted to features that stay as they are. A picture
     cannot tell the angle of a body that looks the same after half a turn (finger_spin's spinner),
-    only twice the angle. A joint is judged by that where the probe reads it well (less than 10%
-    gross errors) and the angle badly (more than 30%).
+    only twice the angle. A joint is judged by that where, on what it was fitted to, the probe
+    reads twice the angle well (less than 10% gross errors) and the angle badly (more than 30%).
     """
 
     def __init__(self, splits: dict[str, video.Clips], num_episodes: int = 50,

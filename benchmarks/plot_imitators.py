@@ -26,9 +26,11 @@ def read(run: Path) -> tuple[str, np.ndarray, np.ndarray]:
     paths = run / '.hydra/config.yaml', run / 'eval.csv', run / 'episodes.csv'
     for path in paths:
         if not path.exists():
-            raise utils.UserError(f'{path} is missing: choose the folder of a run of train_ac.py, '
-                                  'which has it at the end; the same command goes on with it.')
-    curve, episodes = (np.genfromtxt(path, delimiter=',', names=True) for path in paths[1:])
+            raise utils.UserError(f'{path} is missing: choose the folder of a finished run of '
+                                  'train_ac.py, or start this one again, with its options and '
+                                  f'hydra.run.dir={run}.')
+    curve, episodes = (np.atleast_1d(np.genfromtxt(path, delimiter=',', names=True))
+                       for path in paths[1:])
     return OmegaConf.load(paths[0]).task_name, curve, episodes
 
 
@@ -48,8 +50,9 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def row(task: str, runs: list[tuple[np.ndarray, np.ndarray]]) -> str:
-    """A row of the table: the mean of each seed, and over all their episodes the interquartile
-    mean with its 95% interval (percentile bootstrap); steps to 90% of the last mean."""
+    """A row of the table: the mean of each seed; over all their episodes the interquartile mean,
+    with a 95% interval from a percentile bootstrap of episodes, not of seeds; frames and minutes
+    until a seed first had 90% of its last mean, on average."""
     each = [scores(episodes) for _, episodes in runs]
     pooled = np.concatenate(each)
     interval = scipy.stats.bootstrap((pooled,), interquartile_mean, method='percentile',
@@ -95,7 +98,7 @@ def main():
         task, curve, episodes = read(run)
         tasks.setdefault(task, []).append((curve, episodes))
     plot(tasks, ROOT / 'demo/imitators.png')
-    print('| task | seeds | mean | IQM [95%] | frames to 90% of it | minutes |\n'
+    print('| task | seeds | mean | IQM [95%] | frames to 90% of the last mean | minutes |\n'
           '|---|---|---|---|---|---|')
     for task, runs in tasks.items():
         print(row(task, runs))
