@@ -19,7 +19,7 @@ import utils  # noqa: E402
 
 
 def read(run: Path) -> tuple[str, np.ndarray, np.ndarray]:
-    """-> the run's task, and its eval.csv and episodes.csv, with the names of their columns.
+    """-> the run's task, and its eval.csv and episodes.csv as arrays with named columns.
 
     Raises: UserError for what is no finished run of train_ac.py.
     """
@@ -35,10 +35,10 @@ def read(run: Path) -> tuple[str, np.ndarray, np.ndarray]:
 
 
 def scores(episodes: np.ndarray) -> np.ndarray:
-    """How far each episode went from the random policy to the expert: 1 - (expert - imitator) /
-    mean(expert - random), whose mean is (imitator - random) / (expert - random) of the means.
+    """Each episode's score, 1 - (expert - imitator) / mean(expert - random): 1 is the expert's.
 
-    With a mean below the line, since in some episodes the expert has nothing to do.
+    Their mean is (imitator - random) / (expert - random) of the mean returns. The denominator is a
+    mean over episodes because in some of them even a random policy gets what the expert gets.
     """
     span = (episodes['expert_return'] - episodes['random_return']).mean()
     return 1 - (episodes['expert_return'] - episodes['task_return']) / span
@@ -70,6 +70,7 @@ def row(task: str, runs: list[tuple[np.ndarray, np.ndarray]]) -> str:
 
 
 def progress(curve: np.ndarray) -> np.ndarray:
+    """The mean score of each evaluation: 0 is a random policy's, 1 the expert's."""
     return ((curve['task_return'] - curve['random_return'])
             / (curve['expert_return'] - curve['random_return']))
 
