@@ -8,12 +8,18 @@ TASK ?= reacher_hard
 BUDGET ?= full
 
 # What a budget buys, as overrides of each script: from shipped weights, full is at most 20 minutes
-# on two cores without a GPU, smoke two to three.
+# on two cores without a GPU, smoke two to three. What a task needs more or less of than others:
+DEMOS_finger_turn_easy = 1000
+PLAY_finger_turn_easy  = 1000
+PLAY_reacher_hard      = 200
+FRAMES_reacher_hard    = 20_000
+
 EXPERT_full      = num_train_frames=300_000
-VIDEOS_full      = num_train=500 num_valid=30 num_play=200 \
+VIDEOS_full      = num_train=$(or $(DEMOS_$(TASK)),500) num_valid=30 \
+    num_play=$(or $(PLAY_$(TASK)),500) \
     $(if $(SHIPPED_TRANSLATOR),num_contexts=2 num_play_valid=0,num_contexts=4 num_play_valid=30)
 TRANSLATOR_full  = num_train_steps=1500 code.num_steps=3000
-IMITATOR_full    = num_train_frames=20_000
+IMITATOR_full    = num_train_frames=$(or $(FRAMES_$(TASK)),40_000)
 EXPERT_smoke     = num_train_frames=6_000
 VIDEOS_smoke     = num_train=8 num_valid=4 num_play=8 num_play_valid=4
 TRANSLATOR_smoke = num_train_steps=20 code.num_steps=20

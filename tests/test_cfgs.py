@@ -37,25 +37,26 @@ def test_every_task_file_composes(task):
 
 
 @pytest.mark.parametrize('task', [*FILES, *TIERS])
-def test_task_files_speak_of_drqv2_and_of_the_imitators_targets_alone(task):
+def test_task_files_speak_of_drqv2_and_of_the_imitators_exceptions_alone(task):
     """So that what is said of one script holds with each task."""
     file = OmegaConf.load(CFGS / f'task/{task}.yaml')
     said = file.keys()
     assert said <= {'defaults', 'task_name', 'drqv2', 'imitator'}
-    assert file.get('imitator', {}).keys() <= {'lookahead'}
+    assert file.get('imitator', {}).keys() <= {'lookahead', 'w_critic'}
     assert ('task_name' in said) == (task in FILES)
 
 
 # One of each kind: a tier alone, an exception in each key that a file names, and no file at all.
-KINDS = ['finger_spin', 'reacher_hard', 'walker_run', 'humanoid_walk', 'quadruped_run', 'fish_swim']
+KINDS = ['finger_spin', 'finger_turn_easy', 'reacher_hard', 'walker_run', 'humanoid_walk',
+         'quadruped_run', 'fish_swim']
 
 
 def own_values(cfg):
-    """All but the task's name, what train.py takes from `drqv2`, and the imitator's targets."""
+    """All but the task's name, what train.py takes from `drqv2`, and the imitator's exceptions."""
     values = OmegaConf.to_container(cfg, resolve=True)
     del values['task_name']
     for part in (values, values.get('agent', {})):
-        for key in ('drqv2', 'imitator', 'lookahead'):
+        for key in ('drqv2', 'imitator', 'lookahead', 'w_critic'):
             part.pop(key, None)
     return values
 
@@ -102,9 +103,11 @@ def test_a_users_word_stands_above_the_task_files():
     assert (cfg.num_train_frames, cfg.lr, cfg.agent.feature_dim) == (600_000, 3e-4, None)
 
 
-def test_a_task_without_a_goal_of_the_episode_needs_no_targets():
+def test_a_task_file_may_say_otherwise_of_its_imitator():
     assert cfg_of('train_ac', 'task=finger_spin').agent.lookahead == []
     assert cfg_of('train_ac', 'task=reacher_hard').agent.lookahead == [1, 2, 3, 5, 8, 12]
+    assert cfg_of('train_ac', 'task=finger_turn_easy').agent.w_critic == 1
+    assert cfg_of('train_ac', 'task=reacher_hard').agent.w_critic == 0
     assert cfg_of('train_ac', 'task=finger_spin', 'recipe=liu2017').lookahead == [1, 3, 6, 12]
 
 
