@@ -7,13 +7,15 @@
 TASK ?= reacher_hard
 BUDGET ?= full
 
-# What a budget buys, as overrides of each script: from shipped weights, full is at most 20 minutes
-# on two cores without a GPU, smoke two to three. What a task needs more or less of than others:
+# Episodes and frames of the budget `full` that differ from other tasks': to turn the spinner takes
+# more to learn from, to reach takes less.
 DEMOS_finger_turn_easy = 1000
 PLAY_finger_turn_easy  = 1000
 PLAY_reacher_hard      = 200
 FRAMES_reacher_hard    = 20_000
 
+# What a budget buys, as overrides of each script. From shipped weights, on two cores without a GPU,
+# full takes 7 (reacher_hard) to 30 minutes, smoke two to three.
 EXPERT_full      = num_train_frames=300_000
 VIDEOS_full      = num_train=$(or $(DEMOS_$(TASK)),500) num_valid=30 \
     num_play=$(or $(PLAY_$(TASK)),500) \

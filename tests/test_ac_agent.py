@@ -620,7 +620,7 @@ def demo_features():
 
 
 @pytest.mark.parametrize('options', [
-    {}, {'max_shift': 2}, {'w_critic': 0.1}, {'w_critic': 0.1, 'relabel': 0.4, 'hindsight': 0.4}])
+    {}, {'max_shift': 2}, {'w_critic': 0.1}, {'w_critic': 1.0, 'relabel': 0.4, 'hindsight': 0.4}])
 def test_it_clones_actions_that_it_was_never_shown(tmp_path, demo_features, options):
     play = Play(*roll_out(at_random, 50, seed=1))
     own = store(tmp_path, *roll_out(at_random, 50, seed=2), demo_features)

@@ -9,6 +9,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import dmc
+import train_ac
 import utils
 
 CFGS = Path(__file__).parent.parent / 'cfgs'
@@ -56,7 +57,9 @@ def own_values(cfg):
     values = OmegaConf.to_container(cfg, resolve=True)
     del values['task_name']
     for part in (values, values.get('agent', {})):
-        for key in ('drqv2', 'imitator', 'lookahead', 'w_critic'):
+        for key in ('drqv2', 'imitator'):
+            part.pop(key, None)
+        for key in ('lookahead', 'w_critic') if values.get('recipe') == 'pose_code' else ():
             part.pop(key, None)
     return values
 
@@ -108,7 +111,14 @@ def test_a_task_file_may_say_otherwise_of_its_imitator():
     assert cfg_of('train_ac', 'task=reacher_hard').agent.lookahead == [1, 2, 3, 5, 8, 12]
     assert cfg_of('train_ac', 'task=finger_turn_easy').agent.w_critic == 1
     assert cfg_of('train_ac', 'task=reacher_hard').agent.w_critic == 0
+    assert cfg_of('train_ac', 'task=finger_turn_easy', 'w_critic=0').agent.w_critic == 0
     assert cfg_of('train_ac', 'task=finger_spin', 'recipe=liu2017').lookahead == [1, 3, 6, 12]
+
+
+@pytest.mark.parametrize('task', [task for task in FILES if 'imitator' in OmegaConf.load(
+    CFGS / f'task/{task}.yaml')])
+def test_what_a_task_file_says_of_its_imitator_makes_a_run(task):
+    train_ac.check_all_settings(cfg_of('train_ac', f'task={task}', 'action_repeat=2'))
 
 
 def test_recipes():
