@@ -7,8 +7,7 @@
 TASK ?= reacher_hard
 BUDGET ?= full
 
-# Episodes and frames of the budget `full` that differ from other tasks': to turn the spinner takes
-# more to learn from, to reach takes less.
+# Tasks that need other numbers of episodes or frames than the rest, with BUDGET=full.
 DEMOS_finger_turn_easy = 1000
 PLAY_finger_turn_easy  = 1000
 PLAY_reacher_hard      = 200
