@@ -403,11 +403,9 @@ class ACAgent(DrQV2Agent):
         return inverse(seen.flatten(1)).tanh()
 
     def _own_moments(self, replay_buffer, batch_size: int):
-        """-> history, later and action of `batch_size` of the agent's own steps, from play and
-        replay in proportion to their sizes."""
-        num_play = self._play.actions.shape[0] * self._play.actions.shape[1]
-        num_own = len(replay_buffer) if replay_buffer is not None else 0
-        n = round(batch_size * num_play / (num_play + num_own))
+        """-> history, later and action of `batch_size` of the agent's own steps: of play, and once
+        there is replay, half of that, since it is nearer to the demonstrations."""
+        n = batch_size // 2 if replay_buffer is not None and len(replay_buffer) else batch_size
         past, ahead = range(0, -self._layout.num_frames, -1), range(1, self.NUM_AHEAD + 1)
         i = torch.randint(len(self._play.features), (n,), device=self.device)
         steps = torch.randint(self._play.actions.shape[1], (n,), device=self.device)

@@ -1,7 +1,8 @@
 """Film an expert in many visual contexts: python generate_expert_video.py task=reacher_hard
 
-Also films play: episodes of the agent's own random actions, from which the translator learns how
-actions move what it sees. Demonstrations keep no actions; play does, since they are the agent's.
+Also films play: episodes of the agent's own actions, from which the translator learns how actions
+move what it sees. They are random, or those of an imitator (`imitator=ac_local/...`), who comes
+nearer to what is demonstrated. Demonstrations keep no actions; play does, since they are its own.
 
 The physics runs once for each episode and a camera for each context films it. Episode i's start,
 contexts and play are functions of (seed, split, i) alone, so the dataset is the same for any number
@@ -34,6 +35,7 @@ import utils
 import video
 from drqv2 import DrQV2Agent
 from logger import Progress
+from train_ac import load_imitator
 from utils import UserError
 
 
@@ -96,12 +98,27 @@ class RandomPlay:
         return np.clip(self._amplitude * self._state, -1, 1).astype(np.float32)
 
 
+class NoisyPlay:
+    """An imitator's actions with white noise, whose deviation, uniform in 0 to 0.6, is drawn for
+    the episode: play near to what is demonstrated."""
+
+    def __init__(self, agent, episode_seed: int):
+        self._agent, self._rng = agent, np.random.default_rng(episode_seed)
+        self._stddev = self._rng.uniform(0.0, 0.6)
+
+    def act(self, obs, step: int, eval_mode: bool) -> np.ndarray:
+        """-> float32 (action_dim,)."""
+        action = self._agent.act(obs, step, eval_mode)
+        return np.clip(action + self._stddev * self._rng.normal(size=action.shape), -1, 1).astype(
+            np.float32)
+
+
 def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: Sequence
          ) -> tuple[np.ndarray, dict[str, list]]:
     """Film one episode from its start, with a camera for each context.
 
     Args:
-      agent: an expert, which acts without noise, or `RandomPlay`.
+      agent: an expert, which acts without noise, `RandomPlay` or `NoisyPlay`.
       cameras: `render(context)` -> uint8 (H, W, 3), each with its own, so that textures are
         uploaded once an episode; looks: their contexts.
 
@@ -132,16 +149,30 @@ class Studio:
         self.agent, env_args = load_expert(cfg.snapshot, cfg.task_name)
         self.scenery = OmegaConf.to_container(cfg.scenery, resolve=True)
         self.env = dmc.make(cfg.task_name, scenery=self.scenery, **env_args)
-        # A camera for each: its textures are uploaded once an episode instead of once a frame.
-        self.cameras = [self.env.camera(cfg.im_size) for _ in range(cfg.num_contexts)]
         self.fps = 1 / (self.env.control_timestep() * env_args['action_repeat'])
+
+    @functools.cache  # noqa: B019  a worker has one studio
+    def cameras(self, env) -> list:
+        """One for each context: its textures are uploaded once an episode, not once a frame."""
+        return [env.camera(self.cfg.im_size) for _ in range(self.cfg.num_contexts)]
+
+    @functools.cache  # noqa: B019
+    def imitator(self, contexts: str):
+        """-> its environment, with demonstrations in the same contexts, and the agent."""
+        demos = {split.contexts: name for name, split in SPLITS.items() if split.actor == 'expert'}
+        return load_imitator(self.cfg.imitator, self.cfg.task_name,
+                             Path(self.cfg.out_dir) / demos[contexts])
 
     def make(self, split: str, i: int):
         cfg, root, kind = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
         episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
-        agent = (self.agent if kind.actor == 'expert'
-                 else RandomPlay(episode_seed, self.env.action_spec().shape))
-        frames, happened = film(self.env, agent, self.cameras, cfg.episode_len, episode_seed,
+        env, agent = self.env, self.agent
+        if kind.actor == 'play' and cfg.imitator:
+            env, imitator = self.imitator(kind.contexts)
+            agent = NoisyPlay(imitator, episode_seed)
+        elif kind.actor == 'play':
+            agent = RandomPlay(episode_seed, env.action_spec().shape)
+        frames, happened = film(env, agent, self.cameras(env), cfg.episode_len, episode_seed,
                                 list(looks))
         if i < NUM_PREVIEWS:
             labels = [f'{kind.contexts} context {c}' for c in range(len(frames))]
@@ -225,6 +256,8 @@ def generate(cfg):
     for split in nums:
         check_same_settings(roots[split], metas[split])
     there = {split: set(video.episode_numbers(roots[split])) for split in nums}
+    if cfg.imitator:
+        check_imitator(cfg, nums, there)
     still = SimpleNamespace(act=lambda *_, **__: np.zeros(env.action_spec().shape))
     film(env, still, [], cfg.episode_len, episode_seed=0, looks=[])
     env.camera(16)  # and so does an OpenGL that does not work
@@ -235,6 +268,16 @@ def generate(cfg):
 
     with only_one_at_work(Path(cfg.out_dir)):
         fill(cfg, roots, metas, nums, there)
+
+
+def check_imitator(cfg, nums: dict[str, int], there: dict[str, set]):
+    """Raises: UserError for an imitator that cannot act, or lacks demonstrations to imitate."""
+    for split, kind in SPLITS.items():
+        if kind.actor == 'expert' and len(there[split]) < nums[split]:
+            raise UserError(f'{cfg.out_dir}/{split} is not whole, and imitator={cfg.imitator} '
+                            'imitates what was filmed before: give the same command without '
+                            'imitator and with num_play=1000, and then this one again.')
+    load_imitator(cfg.imitator, cfg.task_name, Path(cfg.out_dir) / 'train')
 
 
 @contextlib.contextmanager

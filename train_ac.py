@@ -112,8 +112,8 @@ def check_all_settings(cfg):
                             'set relabel=0 hindsight=0.')
 
 
-def load_translator(cfg) -> ContextTranslator:
-    """The translator, ready to answer; also prints its scores.
+def load_translator(cfg, quiet: bool = False) -> ContextTranslator:
+    """The translator, ready to answer; also prints its scores, unless `quiet`.
 
     Raises: UserError where it is missing, was made of other pictures or by another recipe.
     """
@@ -130,7 +130,7 @@ def load_translator(cfg) -> ContextTranslator:
         raise UserError(f'{cfg.snapshot} has a pose code that was not fitted to the end: go on '
                         f'with that run, {retrain} hydra.run.dir={Path(cfg.snapshot).parent}.')
     model.load_state_dict(made['model'])
-    if model.code:
+    if model.code and not quiet:
         print(judge_translator(made['scores']))
     return model.only_answer(utils.pick_device(cfg.device), utils.PRECISIONS[cfg.precision])
 
@@ -221,6 +221,33 @@ def stored_scale(cfg, work_dir: Path):
 def encode_play(model: ContextTranslator, clips: video.Clips, scale) -> Play:
     actions = np.array([clips.episode(i)['actions'] for i in range(len(clips))], np.float32)
     return Play(Demonstrations(model, clips, scale).features(), torch.from_numpy(actions))
+
+
+def load_imitator(run: str | Path, task_name: str, videos: Path) -> tuple[Imitation, ACAgent]:
+    """A trained imitator, ready to act on the CPU, and its environment with these demonstrations.
+
+    Args:
+      run: the folder of a train_ac.py run, whose settings and translator are used again.
+      videos: the split to imitate.
+
+    Raises: UserError where the run, its translator or the videos are missing or do not fit.
+    """
+    run, retrain = Path(run), f'python train_ac.py task={task_name}'
+    made = utils.load_snapshot(run / 'snapshot.pt', 'imitator', task_name, remedy=retrain)
+    cfg = OmegaConf.load(run / '.hydra' / 'config.yaml')
+    cfg.device = 'cpu'
+    model = load_translator(cfg, quiet=True)
+    if utils.sha256(cfg.snapshot) != made['made_by']['translator_sha256']:
+        raise UserError(f'{cfg.snapshot} is not the translator that {run} was trained with: put '
+                        f'that one back, or {retrain}.')
+    clips = video.Clips(videos, task_name, model.im_size, max_clips=cfg.num_demos)
+    act_as_often(cfg, clips.root, clips.meta['action_repeat'])
+    layout = Layout(model.feature_dim, cfg.num_frames, tuple(cfg.lookahead))
+    env = make_env(cfg, Demonstrations(model, clips, made['made_by']['scale']), layout,
+                   evaluate=False)
+    agent = ACAgent(**made['agent_args'], device='cpu')
+    agent.load_state_dict(made['agent'])
+    return env, agent
 
 
 @utils.main('train_ac')

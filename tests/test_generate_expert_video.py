@@ -7,18 +7,23 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 import generate_expert_video as script  # first: it imports dmc, which chooses the OpenGL backend
 
 # isort: split
 import contexts
 import dmc
+import train_ac
 import utils
 import video
+from ct_model import ContextTranslator
 from drqv2 import DrQV2Agent
 
 REPO = Path(__file__).parent.parent
@@ -121,6 +126,73 @@ def test_without_play_there_is_no_folder_of_it_and_it_can_follow(dataset, snapsh
                               if not name.startswith('play')}
     script.generate(config(*options))
     assert contents(tmp_path) == contents(dataset)
+
+
+@pytest.fixture(scope='module')
+def imitator(dataset, tmp_path_factory):
+    """The folder of a run that has not trained yet."""
+    run = tmp_path_factory.mktemp('ac_local')
+    torch.manual_seed(0)
+    model_args = {'im_size': 32, 'channels': [4, 4, 4, 4], 'z_dim': 4, 'hidden': 8, 'code_dim': 3,
+                  'action_dim': 2}
+    model = ContextTranslator(**model_args)
+    model.code.fit_scales(torch.randn(9, 2, 4, 4), torch.randn(9, 2, 4))
+    utils.save_snapshot(run / 'ct.pt', 'translator', 'reacher_easy', {
+        'model_args': model_args, 'model': model.state_dict(),
+        'scores': {name: worked for name, (worked, _) in train_ac.WORKED.items()},
+        'made_by': {'videos': utils.versions(), 'quality': dmc.CONTEXT_QUALITY}})
+    with initialize_config_dir(str(REPO / 'cfgs'), version_base='1.3'):
+        cfg = compose('train_ac', ['task=reacher_easy', f'snapshot={run}/ct.pt', 'device=cpu',
+                                   f'data_dir={dataset}', 'hidden_dim=16', 'use_tb=false'])
+    train_ac.make_workspace(cfg, run).save_snapshot()
+    (run / '.hydra').mkdir()
+    OmegaConf.save(cfg, run / '.hydra' / 'config.yaml')
+    return run
+
+
+def test_an_imitator_goes_on_with_play_from_demonstrated_starts(dataset, snapshot, imitator,
+                                                                tmp_path):
+    for num_workers in (1, 2):
+        out_dir = tmp_path / str(num_workers)
+        shutil.copytree(dataset, out_dir)
+        script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_play=3',
+                               f'imitator={imitator}', 'num_play_valid=2',
+                               f'num_workers={num_workers}'))
+    assert contents(tmp_path / '1') == contents(tmp_path / '2')
+    before, after = contents(dataset), contents(out_dir)
+    assert all(after[name] == data for name, data in before.items() if 'meta' not in name)
+
+    for split, demos, i in (('play', 'train', 2), ('play_valid', 'valid', 1)):
+        clips, demos = video.Clips(out_dir / split), video.Clips(out_dir / demos)
+        episode, frames = clips.episode(i), clips.frames(i)
+        starts = {tuple(demos.episode(k)['qpos'][0]): demos.episode(k)['episode_seed']
+                  for k in range(len(demos))}
+        env = dmc.make('reacher_easy', scenery=clips.meta['scenery'], **ENV_ARGS)
+        env.reset(episode_seed=starts[tuple(episode['qpos'][0])],
+                  context=np.array(episode['contexts'][1]))
+        for t in range(6):
+            assert env.qpos().tolist() == episode['qpos'][t]
+            assert np.array_equal(env.render(32), frames[1, t])
+            if t < 5:
+                env.step(np.array(episode['actions'][t], np.float32))
+
+
+def test_an_imitator_takes_demonstrations(dataset, snapshot, imitator, tmp_path):
+    with pytest.raises(utils.UserError, match='train is not whole.*without imitator'):
+        script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}',
+                               f'imitator={imitator}'))
+    assert not any(tmp_path.iterdir())
+
+
+def test_noise_is_a_function_of_the_seed_and_differs_by_episode():
+    def actions(seed):
+        still = SimpleNamespace(act=lambda obs, step, eval_mode: np.zeros(2, np.float32))
+        player = script.NoisyPlay(still, seed)
+        return np.array([player.act(None, 0, True) for _ in range(200)])
+    assert np.array_equal(actions(1), actions(1))
+    stddevs = [actions(seed).std() for seed in range(30)]
+    assert min(stddevs) < 0.15 and 0.45 < max(stddevs) < 0.65
+    assert actions(1).dtype == np.float32
 
 
 def test_same_dataset_from_two_workers(dataset, snapshot, tmp_path):
