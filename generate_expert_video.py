@@ -350,9 +350,12 @@ def main(cfg):
             returns = [clips.episode(i)['expert_return'] for i in range(len(clips))]
             line += f'; return {np.mean(returns):.4g} +- {np.std(returns):.2g}'
         print(line)
-    recipe = '' if cfg.num_play and cfg.num_play_valid else ' recipe=liu2017'
-    print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\n'
-          f'next: python train_ct.py task={cfg.task_name} data_dir={cfg.out_dir}{recipe}')
+    command = f'python train_ct.py task={cfg.task_name} data_dir={cfg.out_dir}'
+    if not cfg.num_play:
+        command += ' recipe=liu2017'
+    elif not cfg.num_play_valid:  # a translator cannot be judged without: there is one already
+        command = command.replace('train_ct', 'train_ac')
+    print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\nnext: {command}')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,8 @@
 """How well imitators do, over seeds: python benchmarks/plot_imitators.py RUN [RUN ...]
 
-Each RUN is a folder that train_ac.py wrote to the end. Runs of one task are its seeds: prints a row
-of a table for each task, and draws the learning curves in demo/imitators.png.
+Each RUN is a folder that train_ac.py wrote to the end. Prints a table with a row for each task and
+overrides: runs that differ in nothing but the seed share one. With --picture it also draws the
+learning curves.
 """
 import argparse
 import sys
@@ -17,21 +18,29 @@ sys.path.insert(0, str(ROOT))
 
 import utils  # noqa: E402
 
+UNSAID = ('task=', 'seed=', 'hydra.', 'use_tb=', 'device=')  # overrides that make no other row
 
-def read(run: Path) -> tuple[str, np.ndarray, np.ndarray]:
-    """-> the run's task, and its eval.csv and episodes.csv as arrays with named columns.
+
+def read(run: Path) -> tuple[str, str, np.ndarray, np.ndarray]:
+    """-> the run's task, its other overrides, and its eval.csv and episodes.csv as arrays with
+    named columns.
 
     Raises: UserError for what is no finished run of train_ac.py.
     """
-    paths = run / '.hydra/config.yaml', run / 'eval.csv', run / 'episodes.csv'
+    paths = [run / name for name in ('.hydra/config.yaml', '.hydra/overrides.yaml', 'eval.csv',
+                                     'episodes.csv')]
     for path in paths:
         if not path.exists():
             raise utils.UserError(f'{path} is missing: choose the folder of a finished run of '
                                   'train_ac.py, or start this one again, with its options and '
                                   f'hydra.run.dir={run}.')
     curve, episodes = (np.atleast_1d(np.genfromtxt(path, delimiter=',', names=True))
-                       for path in paths[1:])
-    return OmegaConf.load(paths[0]).task_name, curve, episodes
+                       for path in paths[2:])
+    # Of a key that is given twice, the last counts.
+    overrides = dict(text.split('=', 1) for text in OmegaConf.load(paths[1])
+                     if not text.startswith(UNSAID))
+    named = ' '.join(f'{key}={value}' for key, value in sorted(overrides.items()))
+    return OmegaConf.load(paths[0]).task_name, named, curve, episodes
 
 
 def scores(episodes: np.ndarray) -> np.ndarray:
@@ -49,7 +58,7 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     return scipy.stats.trim_mean(values, 0.25, axis=axis)
 
 
-def row(task: str, runs: list[tuple[np.ndarray, np.ndarray]]) -> str:
+def row(name: str, runs: list[tuple[np.ndarray, np.ndarray]]) -> str:
     """A row of the table: the mean of each seed; over all their episodes the interquartile mean,
     with a 95% interval from a percentile bootstrap of episodes, not of seeds; frames and minutes
     until a seed first had 90% of its last mean, on average."""
@@ -63,7 +72,7 @@ def row(task: str, runs: list[tuple[np.ndarray, np.ndarray]]) -> str:
         first = np.argmax(level >= 0.9 * level[-1])
         reached.append((curve['frame'][first], curve['total_time'][first] / 60))
     frames, minutes = np.mean(reached, axis=0)
-    return (f"| {task} | {' '.join(f'{values.mean():.2f}' for values in each)} | "
+    return (f"| {name} | {' '.join(f'{values.mean():.2f}' for values in each)} | "
             f'{np.mean([values.mean() for values in each]):.2f} | '
             f'{interquartile_mean(pooled):.2f} [{interval.low:.2f}, {interval.high:.2f}] | '
             f'{frames:,.0f} | {minutes:.0f} |')
@@ -94,15 +103,19 @@ def plot(tasks: dict[str, list], target: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
-    tasks = {}
-    for run in parser.parse_args().runs:
-        task, curve, episodes = read(run)
-        tasks.setdefault(task, []).append((curve, episodes))
-    plot(tasks, ROOT / 'demo/imitators.png')
-    print('| task | seeds | mean | IQM [95%] | frames to 90% of the last mean | minutes |\n'
+    parser.add_argument('--picture', type=Path, help='where to draw the learning curves')
+    args = parser.parse_args()
+    rows, tasks = {}, {}
+    for run in args.runs:
+        task, overrides, *results = read(run)
+        rows.setdefault(f'{task} {overrides}'.strip(), []).append(results)
+        tasks.setdefault(task, []).append(results)
+    print('| | seeds | mean | IQM [95%] | frames to 90% of the last mean | minutes |\n'
           '|---|---|---|---|---|---|')
-    for task, runs in tasks.items():
-        print(row(task, runs))
+    for name, runs in rows.items():
+        print(row(name, runs))
+    if args.picture:
+        plot(tasks, args.picture)
 
 
 if __name__ == '__main__':
