@@ -18,7 +18,7 @@ def run(tmp_path):
     (tmp_path / '.hydra').mkdir()
     (tmp_path / '.hydra/config.yaml').write_text('task_name: reacher_hard\n')
     (tmp_path / '.hydra/overrides.yaml').write_text(
-        '- task=reacher_hard\n- seed=2\n- num_demos=500\n- num_demos=30\n- hydra.run.dir=ac_local/x\n')
+        '- task=reacher_hard\n- seed=2\n- num_demos=500\n- num_demos=30\n- hydra.run.dir=x\n')
     (tmp_path / 'eval.csv').write_text(
         f'frame,{COLUMNS},total_time\n0,0,40,0,0\n10,10,40,0,60\n20,28,40,0,120\n30,30,40,0,180\n')
     (tmp_path / 'episodes.csv').write_text(
