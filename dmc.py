@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import deque
 
-from utils import UserError
+from utils import UserError, exit_on_user_error
 
 GL_ADVICE = ('no working OpenGL was found for rendering without a screen: '
              'apt-get install libegl1 libgl1-mesa-dri (or set MUJOCO_GL yourself).')
@@ -32,19 +32,20 @@ def probe_gl() -> str:
 if not os.environ.get('MUJOCO_GL'):  # a user's choice stands
     os.environ['MUJOCO_GL'] = probe_gl()
 
-try:
-    import dm_env
-    import mujoco
-    import numpy as np
-    from dm_control import suite  # these read MUJOCO_GL
-    from dm_env import specs
+with exit_on_user_error():  # every script imports this module before it could catch an error
+    try:
+        import dm_env
+        import mujoco
+        import numpy as np
+        from dm_control import suite  # these read MUJOCO_GL
+        from dm_env import specs
 
-    import contexts
-except (RuntimeError, AttributeError, ImportError) as error:
-    if isinstance(error, ModuleNotFoundError):
-        raise
-    raise UserError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work here: unset it, or "
-                    'apt-get install libegl1 libgl1-mesa-dri.') from error
+        import contexts
+    except (RuntimeError, AttributeError, ImportError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            raise
+        raise UserError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work here: unset it, or "
+                        'apt-get install libegl1 libgl1-mesa-dri.') from error
 
 # The suite's 2048 costs three times the frame, for a difference of 0.02/255 (reacher) to 0.05/255
 # (finger).

@@ -334,7 +334,7 @@ def film_all(cfg, jobs: list[tuple[str, int]], total: int):
         progress.close()
 
 
-@utils.main('generate_expert_video')
+@utils.main('generate_expert_video', dmc.task_names())
 def main(cfg):
     try:
         generate(cfg)

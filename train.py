@@ -268,7 +268,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                      {'env_args': env_args(cfg), 'quality': dmc.QUALITY})
 
 
-@utils.main('train')
+@utils.main('train', dmc.task_names())
 def main(cfg):
     workspace = make_workspace(cfg, utils.work_dir())
     workspace.train()

@@ -250,7 +250,7 @@ def load_imitator(run: str | Path, task_name: str, videos: Path) -> tuple[Imitat
     return env, agent
 
 
-@utils.main('train_ac')
+@utils.main('train_ac', dmc.task_names())
 def main(cfg):
     workspace = make_workspace(cfg, utils.work_dir())
     workspace.train()

@@ -591,7 +591,7 @@ def measure_code(model: ContextTranslator, splits: dict[str, video.Clips], autoc
     return scores
 
 
-@utils.main('train_ct')
+@utils.main('train_ct', dmc.task_names())
 def main(cfg):
     work_dir = utils.work_dir()
     train(cfg, work_dir)

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -27,8 +28,8 @@ class UserError(Exception):
     """Bad input: one sentence that says what is wrong, where, and how to mend it."""
 
 
-def main(config_name: str):
-    """`hydra.main` for the scripts: any suite task by name, and errors in one sentence.
+def main(config_name: str, task_names: Sequence[str]):
+    """`hydra.main` for the scripts: any of these tasks by name, and errors in one sentence.
 
     A `UserError` is printed without a traceback and ends the script with exit code 2.
     """
@@ -40,7 +41,7 @@ def main(config_name: str):
 
         def run():
             with exit_on_user_error():
-                register_tasks(sys.argv[1:])
+                register_tasks(task_names, sys.argv[1:])
             here = str(Path(__file__).parent / 'cfgs')
             hydra.main(version_base='1.3', config_path=here, config_name=config_name)(guarded)()
         return run
@@ -56,14 +57,13 @@ def exit_on_user_error():
         sys.exit(2)
 
 
-def register_tasks(overrides: list[str]):
-    """Make `task=<domain_task>` work for suite tasks that have no file in cfgs/task.
+def register_tasks(task_names: Sequence[str], overrides: list[str]):
+    """Make `task=<domain_task>` work for tasks that have no file in cfgs/task.
 
     Raises: UserError for an unknown task or kind of observation, with the nearest names.
     """
-    import dmc  # here, because it chooses the OpenGL backend while it is imported
     files = {path.stem for path in (Path(__file__).parent / 'cfgs/task').glob('*.yaml')}
-    tasks = set(dmc.task_names())
+    tasks = set(task_names)
     for name in tasks - files:
         ConfigStore.instance().store(group='task', name=name, package='_global_',
                                      node={'defaults': ['medium'], 'task_name': name})

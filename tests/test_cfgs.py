@@ -20,7 +20,7 @@ FILES = sorted(path.stem for path in (CFGS / 'task').glob('*.yaml') if path.stem
 
 @pytest.fixture(scope='module', autouse=True)
 def hydra():
-    utils.register_tasks([])
+    utils.register_tasks(dmc.task_names(), [])
     with initialize_config_dir(str(CFGS), version_base='1.3'):
         yield
 

@@ -140,6 +140,15 @@ def test_no_working_gl_is_told_in_a_sentence(monkeypatch):
         dmc.make('reacher_hard').reset()
 
 
+@pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac', 'generate_expert_video'])
+def test_a_gl_that_does_not_work_ends_a_script_in_a_sentence(script):
+    run = subprocess.run([sys.executable, ROOT / f'{script}.py', '--help'], check=False,
+                         env={**os.environ, 'MUJOCO_GL': 'bad'}, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ''
+    assert run.stderr.startswith('error: MUJOCO_GL=bad does not work') and len(
+        run.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize('choice', ['off', ''])
 def test_a_users_choice_of_gl_stands(choice):
     code = "import os, dmc; print(os.environ['MUJOCO_GL'])"

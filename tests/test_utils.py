@@ -1,3 +1,5 @@
+import ast
+import graphlib
 import os
 import pickle
 import subprocess
@@ -142,3 +144,19 @@ def test_scripts_end_with_one_sentence_and_code_2(tmp_path, overrides, words):
     assert 'Traceback' not in run.stderr
     [line] = [line for line in run.stderr.splitlines() if line.startswith('error:')]
     assert all(word in line for word in words)
+
+
+def test_imports_run_downward():
+    """No module imports, at whatever depth, one that imports it."""
+    modules = {path.stem: path for path in ROOT.glob('*.py')}
+    imports = {}
+    for name, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module)
+        imports[name] = found & modules.keys()
+    assert imports['utils'] == set() and 'dmc' in imports['train']
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
