@@ -137,8 +137,7 @@ class Workspace:
     def step(self, time_step, beside: ThreadPoolExecutor | None, try_update: bool):
         """One step of the training environment from `time_step`, and the update that is due."""
         # sample an action
-        with utils.eval_mode(self.agent.encoder, self.agent.policy):
-            action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
+        action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
         # try to update the agent; beside it or after it, the environment takes its step
         metrics = {}
         if try_update and len(self.replay_buffer):
@@ -178,8 +177,7 @@ class Workspace:
             episode_seed=utils.derive_seed(self.cfg.seed, EVAL, episode))
         yield time_step
         while not time_step.last():
-            with utils.eval_mode(self.agent.encoder, self.agent.policy):
-                action = self.agent.act(time_step.observation, self.global_step, eval_mode=True)
+            action = self.agent.act(time_step.observation, self.global_step, eval_mode=True)
             time_step = self.eval_env.step(action)
             yield time_step
 

@@ -226,19 +226,6 @@ def schedule(spec: str | float, step: int) -> float:
     return (1.0 - mix) * start + mix * end
 
 
-@contextlib.contextmanager
-def eval_mode(*modules: torch.nn.Module):
-    """Modules in evaluation mode within the block, as they were after it."""
-    before = [module.training for module in modules]
-    for module in modules:
-        module.train(False)
-    try:
-        yield
-    finally:
-        for module, training in zip(modules, before, strict=True):
-            module.train(training)
-
-
 def sha256(snapshot: str | Path) -> str:
     with open(newest_snapshot(snapshot), 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
