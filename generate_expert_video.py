@@ -50,6 +50,24 @@ SPLITS = {'train': Split('seen', 'expert'), 'valid': Split('held_out', 'expert')
 NUM_PREVIEWS = 3  # episodes of each split
 
 
+@dataclass(frozen=True)
+class Order:
+    """A split as it is asked for."""
+
+    name: str
+    root: Path
+    num_episodes: int
+    meta: dict       # what its episodes depend on
+    there: set[int]  # episodes that were filmed before
+
+    @property
+    def num_missing(self) -> int:
+        return self.num_episodes - sum(i < self.num_episodes for i in self.there)
+
+    def missing(self) -> list[int]:
+        return [i for i in range(self.num_episodes) if i not in self.there]
+
+
 def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
     """-> an agent that acts on the CPU, and the `dmc.make` arguments of its environment.
 
@@ -248,33 +266,33 @@ def generate(cfg):
     if cfg.num_workers is not None:
         utils.require_at_least(cfg, 1, 'num_workers')
     _, env_args = load_expert(cfg.snapshot, cfg.task_name)
-    nums = {split: cfg[f'num_{split}'] for split in SPLITS if cfg[f'num_{split}']}
-    roots = {split: Path(cfg.out_dir) / split for split in nums}
     # What would fail in every worker fails here: a wrong scenery, or episodes that are too short.
     env = dmc.make(cfg.task_name, scenery=cfg.scenery, **{**env_args, 'obs': 'states'})
-    metas = {split: describe(cfg, split, env_args, env.joints()) for split in nums}
-    for split in nums:
-        check_same_settings(roots[split], metas[split])
-    there = {split: set(video.episode_numbers(roots[split])) for split in nums}
+    orders = []
+    for name in SPLITS:
+        if cfg[f'num_{name}']:
+            root, meta = Path(cfg.out_dir) / name, describe(cfg, name, env_args, env.joints())
+            check_same_settings(root, meta)
+            orders.append(Order(name, root, cfg[f'num_{name}'], meta,
+                                set(video.episode_numbers(root))))
     if cfg.imitator:
-        check_imitator(cfg, nums, there)
+        check_imitator(cfg, orders)
     still = SimpleNamespace(act=lambda *_, **__: np.zeros(env.action_spec().shape))
     film(env, still, [], cfg.episode_len, episode_seed=0, looks=[])
     env.camera(16)  # and so does an OpenGL that does not work
-    num_missing = sum(max(0, nums[split] - len(there[split])) for split in nums)
     clip_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
-    utils.check_disk(cfg.out_dir, num_missing * clip_bytes, 'the dataset',
-                     'set num_train or num_contexts lower')
+    utils.check_disk(cfg.out_dir, sum(order.num_missing for order in orders) * clip_bytes,
+                     'the dataset', 'set num_train or num_contexts lower')
 
     with only_one_at_work(Path(cfg.out_dir)):
-        fill(cfg, roots, metas, nums, there)
+        fill(cfg, orders)
 
 
-def check_imitator(cfg, nums: dict[str, int], there: dict[str, set]):
+def check_imitator(cfg, orders: list[Order]):
     """Raises: UserError for an imitator that cannot act, or lacks demonstrations to imitate."""
-    for split, kind in SPLITS.items():
-        if kind.actor == 'expert' and len(there[split]) < nums[split]:
-            raise UserError(f'{cfg.out_dir}/{split} is not whole, and imitator={cfg.imitator} '
+    for order in orders:
+        if SPLITS[order.name].actor == 'expert' and order.num_missing:
+            raise UserError(f'{order.root} is not whole, and imitator={cfg.imitator} '
                             'imitates what was filmed before: give the same command without '
                             'imitator and with num_play=1000, and then this one again.')
     load_imitator(cfg.imitator, cfg.task_name, Path(cfg.out_dir) / 'train')
@@ -296,16 +314,16 @@ def only_one_at_work(folder: Path):
         os.close(lock)
 
 
-def fill(cfg, roots: dict, metas: dict, nums: dict, there: dict):
-    """Film the episodes that are ordered (`nums`) and not `there` yet."""
-    for split, root in roots.items():
-        num_episodes = max(nums[split], len(there[split]))
-        video.write_json(root / 'meta.json', metas[split] | {'num_episodes': num_episodes})
-        for leftover in root.glob('.tmp-*'):  # of a generation that was killed
+def fill(cfg, orders: list[Order]):
+    """Film the episodes that are missing."""
+    for order in orders:
+        num_episodes = max(order.num_episodes, len(order.there))
+        video.write_json(order.root / 'meta.json', order.meta | {'num_episodes': num_episodes})
+        for leftover in order.root.glob('.tmp-*'):  # of a generation that was killed
             leftover.unlink()
-    jobs = [(split, i) for split in nums for i in range(nums[split]) if i not in there[split]]
+    jobs = [(order.name, i) for order in orders for i in order.missing()]
     if jobs:
-        film_all(cfg, jobs, total=sum(nums.values()))
+        film_all(cfg, jobs, total=sum(order.num_episodes for order in orders))
 
 
 def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
