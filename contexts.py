@@ -3,15 +3,15 @@
 A context is a float64 vector (DIM,) of uniforms in [0, 1), with one layout for every task; the
 `scenery` config says which factors are on and over what range each number is laid.
 
-Colours and textures are painted on the compiled model for the moment they are needed and taken off
-bit for bit (`Painter.painted`, `Painter.upload`). Light, the camera's offset and the distractor
-shapes go into the renderer's scene only (`Painter.dress`): what the model never holds can disturb
-no physics, and nothing has to be known of a task's XML.
+`look` works out what a context means for a model, and is pure. `Painter` shows it: colours and
+textures are painted on the compiled model while a frame is drawn, and taken off bit for bit. Light,
+the camera's offset and the distractor shapes go into the renderer's scene only: what the model
+never holds can disturb no physics, and nothing has to be known of a task's XML.
 """
 import colorsys
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import mujoco
@@ -52,60 +52,66 @@ GROUND = int(GEOM.mjGEOM_PLANE), int(GEOM.mjGEOM_HFIELD)
 SHAPES = GEOM.mjGEOM_BOX, GEOM.mjGEOM_SPHERE, GEOM.mjGEOM_CYLINDER, GEOM.mjGEOM_CAPSULE
 
 
-def enabled(scenery: Mapping[str, Any]) -> list[str]:
-    """The factors that are on, in the order of FACTORS.
+class Scenery:
+    """The `scenery` config, checked: which factors are on, and their ranges."""
 
-    Raises: UserError where `scenery` is not laid out as in cfgs/base.yaml, or all of it is off.
-    """
-    for name, factor in scenery.items():
-        if name not in FACTORS:
-            raise UserError(f'scenery.{name} is unknown: take one of {", ".join(FACTORS)}.')
-        if not isinstance(factor, Mapping):
-            raise UserError(f'scenery.{name}={factor} is no factor with ranges: the switch is '
-                            f'scenery.{name}.enabled=false.')
-        for key in factor:
-            if key not in ('enabled', *FACTORS[name][1]):
-                raise UserError(f'scenery.{name}.{key} is unknown: take one of enabled, '
-                                f'{", ".join(FACTORS[name][1])}.')
-    names = [name for name in FACTORS if name in scenery and scenery[name].get('enabled')]
-    for name in names:
-        for key in FACTORS[name][1]:
-            span, (least, most) = scenery[name].get(key), LIMITS.get(key, (-np.inf, np.inf))
-            if not isinstance(span, Sequence) or isinstance(span, str) or len(span) != 2 or not (
-                    least <= span[0] <= span[1] <= most):
-                raise UserError(f'scenery.{name}.{key}={span} is no range within [{least}, {most}]:'
-                                f' set scenery.{name}.{key}=[low,high].')
-    if not names:
-        raise UserError('every factor of scenery is off: set scenery.body.enabled=true.')
-    return names
+    def __init__(self, config: Mapping[str, Any]):
+        """Raises: UserError where it is not laid out as in cfgs/base.yaml, or all of it is off."""
+        for name, factor in config.items():
+            if name not in FACTORS:
+                raise UserError(f'scenery.{name} is unknown: take one of {", ".join(FACTORS)}.')
+            if not isinstance(factor, Mapping):
+                raise UserError(f'scenery.{name}={factor} is no factor with ranges: the switch is '
+                                f'scenery.{name}.enabled=false.')
+            for key in factor:
+                if key not in ('enabled', *FACTORS[name][1]):
+                    raise UserError(f'scenery.{name}.{key} is unknown: take one of enabled, '
+                                    f'{", ".join(FACTORS[name][1])}.')
+        self.names = [name for name in FACTORS if name in config and config[name].get('enabled')]
+        self.ranges = {(name, key): self._range(name, key, config[name].get(key))
+                       for name in self.names for key in FACTORS[name][1]}
+        if not self.names:
+            raise UserError('every factor of scenery is off: set scenery.body.enabled=true.')
 
+    @staticmethod
+    def _range(name: str, key: str, span) -> tuple[float, float]:
+        least, most = LIMITS.get(key, (-np.inf, np.inf))
+        if not isinstance(span, Sequence) or isinstance(span, str) or len(span) != 2 or not (
+                least <= span[0] <= span[1] <= most):
+            raise UserError(f'scenery.{name}.{key}={span} is no range within [{least}, {most}]:'
+                            f' set scenery.{name}.{key}=[low,high].')
+        return tuple(span)
 
-def split_of(context: np.ndarray, scenery: Mapping[str, Any]) -> Split:
-    """The split a context belongs to: a function of its values and of the switches alone.
+    def split_of(self, context: np.ndarray) -> Split:
+        """The split a context belongs to: a function of its values and of the switches alone.
 
-    The key of every enabled factor is quantised to 8 cells; the context is held out where the sum
-    of the cells is a multiple of 4. So no context is in both splits, a quarter is held out, and
-    what is new in a held-out context is its combination of looks.
-    """
-    cells = sum(int(CELLS * context[SLOTS[name].start]) for name in enabled(scenery))
-    return 'seen' if cells % MODULUS else 'held_out'
+        The key of every enabled factor is quantised to 8 cells; the context is held out where the
+        sum of the cells is a multiple of 4. So no context is in both splits, a quarter is held out,
+        and what is new in a held-out context is its combination of looks.
+        """
+        cells = sum(int(CELLS * context[SLOTS[name].start]) for name in self.names)
+        return 'seen' if cells % MODULUS else 'held_out'
 
+    def sample(self, rng: np.random.Generator, split: Split) -> np.ndarray:
+        """A context (DIM,), uniform among those of `split`; always the same number of draws."""
+        context = rng.random(DIM)
+        seen_remainder, half = rng.integers(1, MODULUS), rng.integers(CELLS // MODULUS)
+        *keys, last = [SLOTS[name].start for name in self.names]
+        # The last key moves to a cell that gives the remainder, and keeps its place in the cell.
+        remainder = seen_remainder if split == 'seen' else 0
+        cell = (remainder - sum(int(CELLS * context[key]) for key in keys)) % MODULUS
+        context[last] = (cell + MODULUS * half + CELLS * context[last] % 1) / CELLS
+        return context
 
-def sample(rng: np.random.Generator, split: Split, scenery: Mapping[str, Any]) -> np.ndarray:
-    """A context (DIM,), uniform among those of `split`; always the same number of draws."""
-    context = rng.random(DIM)
-    seen_remainder, half = rng.integers(1, MODULUS), rng.integers(CELLS // MODULUS)
-    *keys, last = [SLOTS[name].start for name in enabled(scenery)]
-    # The last key moves to a cell that gives the remainder, and keeps its place within the cell.
-    remainder = seen_remainder if split == 'seen' else 0
-    cell = (remainder - sum(int(CELLS * context[key]) for key in keys)) % MODULUS
-    context[last] = (cell + MODULUS * half + CELLS * context[last] % 1) / CELLS
-    return context
+    def lay(self, factor: str, key: str, uniform):
+        """A number in [0, 1), laid over the key's range."""
+        low, high = self.ranges[factor, key]
+        return low + uniform * (high - low)
 
-
-def prepare(env, scenery: Mapping[str, Any], camera_id: int) -> 'Painter':
-    """The painter of a suite environment; the environment itself stays as it is."""
-    return Painter(env.physics.model.ptr, scenery, camera_id)
+    def colour(self, factor: str, hue: float, saturation: float, value: float) -> np.ndarray:
+        """-> RGB (3,) in [0, 1]; saturation and value are laid over their ranges."""
+        return np.array(colorsys.hsv_to_rgb(hue, self.lay(factor, 'saturation', saturation),
+                                            self.lay(factor, 'value', value)))
 
 
 class Distractor(NamedTuple):
@@ -119,109 +125,32 @@ class Distractor(NamedTuple):
 
 class Look(NamedTuple):
     """What a context means for a model; empty or None where the factor is off."""
-    paint: list[np.ndarray]  # for each of Painter._parts: (rows, 3)
+    paint: list[np.ndarray]  # for each of Stage.parts: (rows, 3)
     textures: dict[int, np.ndarray]  # texture id -> uint8 (height, width, 3)
     light: tuple[np.ndarray, np.ndarray] | None  # factor of the colour (3,), rotation (3, 3)
     camera: tuple[np.ndarray, float] | None  # rotation (3, 3), factor of the distance
     distractors: list[Distractor]
 
 
-class Painter:
-    """Shows one model in any context. What a context means is worked out once and cached.
+class Stage:
+    """A model as contexts see it, measured once: what there is to paint, and the camera's view.
 
-    A frame is made so, `gpu` being the MjrContext and context None the suite's own look:
-        painter.upload(context, gpu)  # only where gpu still holds another context's textures
-        with painter.painted(context):
-            mujoco.mjv_updateScene(...)
-        painter.dress(context, scene)
-        mujoco.mjr_render(...)
-
-    Raises: UserError for a scenery that is not laid out as in cfgs/base.yaml.
+    Attributes:
+      parts: for geoms, sites and skins: the model's array of colours, the rows to paint, and the
+        colour group of each.
+      textures: ids of the floor's and the sky's, none where the factor is off.
+      eye (3,), axes (3, 3), columns right, up, back: the camera's pose in the model's first
+        position. Not in the first frame: a picture depends on state and context alone.
+      half_view: the tangent of half the field of view; depth: the distance to what moves.
+      floor: its height; tiles: how often its texture is repeated within a metre, beyond once.
     """
 
-    def __init__(self, model: mujoco.MjModel, scenery: Mapping[str, Any], camera_id: int):
-        self._model, self._names = model, enabled(scenery)
-        self._ranges = {(name, key): tuple(scenery[name][key])
-                        for name in self._names for key in FACTORS[name][1]}
-        self._sort_parts()
-        self._measure_view(camera_id)
-        self._cached_look = functools.lru_cache(maxsize=256)(self._make_look)
+    def __init__(self, model: mujoco.MjModel, factors: Sequence[str], camera_id: int):
+        self._sort_parts(model, factors)
+        self._measure_view(model, camera_id)
 
-    @contextlib.contextmanager
-    def painted(self, context: np.ndarray | None) -> Iterator[None]:
-        """The model has the context's colours within the block, and its own bits after it."""
-        paint = [] if context is None else self._look(context).paint
-        saved = [(rgba, rgba.copy()) for rgba, _, _ in self._parts]
-        try:
-            for (rgba, rows, _), colours in zip(self._parts, paint, strict=False):
-                rgba[rows, :3] = colours  # alpha stays: tasks hide parts by it
-            yield
-        finally:
-            for rgba, before in saved:
-                rgba[:] = before
-
-    def upload(self, context: np.ndarray | None, gpu: mujoco.MjrContext):
-        """Give `gpu` the context's textures; afterwards the model holds its own again."""
-        model = self._model
-        for index in self._textures['floor'] + self._textures['sky']:
-            if context is None:
-                mujoco.mjr_uploadTexture(model, gpu, index)
-                continue
-            image, start = self._look(context).textures[index], model.tex_adr[index]
-            pixels = model.tex_data[start:start + image.size]
-            saved = pixels.copy(), model.tex_height[index], model.tex_width[index]
-            try:
-                pixels[:] = image.ravel()
-                model.tex_height[index], model.tex_width[index] = image.shape[:2]
-                mujoco.mjr_uploadTexture(model, gpu, index)
-            finally:
-                pixels[:], model.tex_height[index], model.tex_width[index] = saved
-
-    def dress(self, context: np.ndarray | None, scene: mujoco.MjvScene):
-        """Put the context's distractors, light and camera into a scene that has been updated."""
-        if context is None:
-            return
-        look, cameras = self._look(context), scene.camera
-        eye = (cameras[0].pos + cameras[1].pos) / 2  # the two are a stereo pair
-        forward, up = cameras[0].forward.copy(), cameras[0].up.copy()
-        # Shapes stand still while the camera travels sideways, and come by again every period;
-        # however far it travels ahead, they keep their distance behind the body.
-        travel, aside = eye - self._eye, self._axes[:, 0]
-        ahead = (travel - travel @ aside * aside) * [1, 1, 0]
-        for shape in look.distractors:
-            offset = (shape.position - eye) @ aside
-            position = shape.position + ahead - round(offset / shape.period) * shape.period * aside
-            geom = scene.geoms[scene.ngeom]
-            mujoco.mjv_initGeom(geom, shape.shape, shape.size, position, shape.frame, shape.rgba)
-            geom.category = mujoco.mjtCatBit.mjCAT_STATIC  # decor would cast no shadow
-            scene.ngeom += 1
-        if look.light is not None:
-            colour, turn = look.light
-            pivot = eye + self._depth * forward
-            for light in scene.lights[:scene.nlight]:
-                light.ambient[:] *= colour
-                light.diffuse[:] *= colour
-                if not light.headlight:
-                    light.pos[:] = pivot + turn @ (light.pos - pivot)
-                    light.dir[:] = turn @ light.dir
-        if look.camera is not None:
-            turn, zoom = look.camera
-            right = np.empty(3)
-            mujoco.mju_cross(right, forward, up)
-            _, new_up, new_back = turn.T @ np.stack([right, up, -forward])
-            for camera in cameras:
-                camera.pos[:] += self._depth * (forward + zoom * new_back)
-                camera.up[:], camera.forward[:] = new_up, -new_back
-
-    # What there is to paint, and from where it is seen: once per model.
-
-    def _sort_parts(self):
-        """Sort geoms, sites and skins into colour groups, and find the floor's and sky's textures.
-
-        `_parts` holds for each kind: its array of colours, the rows to paint, their groups.
-        """
-        model = self._model
-        floors, self._parts = set(), []
+    def _sort_parts(self, model: mujoco.MjModel, factors: Sequence[str]):
+        floors, self.parts = set(), []
         for kind, colours in (('geom', model.geom_rgba), ('site', model.site_rgba),
                               ('skin', model.skin_rgba)):
             groups = np.full(len(colours), -1)
@@ -235,129 +164,110 @@ class Painter:
                     floors.add(texture)  # rgba could only dim it
                 elif material < 0 or model.mat_rgba[material, 3] == 1:  # else rgba would replace it
                     groups[i] = colour_group(kind, part.name, name, ground)
-            on = [group for group, factor in enumerate(GROUP_FACTORS) if factor in self._names]
+            on = [group for group, factor in enumerate(GROUP_FACTORS) if factor in factors]
             rows = np.flatnonzero(np.isin(groups, on))
-            self._parts.append((colours, rows, groups[rows]))
+            self.parts.append((colours, rows, groups[rows]))
         skies = np.flatnonzero(model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX).tolist()
-        self._textures = {'floor': sorted(floors) if 'floor' in self._names else [],
-                          'sky': skies if 'sky' in self._names else []}
+        self.textures = {'floor': sorted(floors) if 'floor' in factors else [],
+                          'sky': skies if 'sky' in factors else []}
 
-    def _measure_view(self, camera_id: int):
-        """The camera's pose in the model's first position, its distance to what moves, the floor.
-
-        Of the model and not of the first frame: a picture depends on state and context alone.
-        """
-        model, data = self._model, mujoco.MjData(self._model)
+    def _measure_view(self, model: mujoco.MjModel, camera_id: int):
+        data = mujoco.MjData(model)
         mujoco.mj_kinematics(model, data)
         mujoco.mj_comPos(model, data)
         mujoco.mj_camlight(model, data)
-        self._eye = data.cam_xpos[camera_id].copy()
-        self._axes = data.cam_xmat[camera_id].reshape(3, 3).copy()  # columns: right, up, back
-        self._half_view = np.tan(np.deg2rad(model.cam_fovy[camera_id]) / 2)
-        distance = (self._eye - data.subtree_com[0]) @ self._axes[:, 2]
-        self._depth = max(distance, 0.1 * model.stat.extent)  # a body may carry its camera
-        self._floor = min((data.geom_xpos[i, 2] for i in range(model.ngeom)
+        self.eye = data.cam_xpos[camera_id].copy()
+        self.axes = data.cam_xmat[camera_id].reshape(3, 3).copy()  # columns: right, up, back
+        self.half_view = np.tan(np.deg2rad(model.cam_fovy[camera_id]) / 2)
+        distance = (self.eye - data.subtree_com[0]) @ self.axes[:, 2]
+        self.depth = max(distance, 0.1 * model.stat.extent)  # a body may carry its camera
+        self.floor = min((data.geom_xpos[i, 2] for i in range(model.ngeom)
                            if model.geom_type[i] in GROUND and data.geom_xmat[i, 8] > 0.9),
                           default=-np.inf)
         # The suite's floors repeat their texture every metre, which small tasks would not see.
-        width = 2 * self._half_view * self._depth
-        self._tiles = 2 ** int(np.clip(np.round(np.log2(2.5 / width)), 0, 3))
+        width = 2 * self.half_view * self.depth
+        self.tiles = 2 ** int(np.clip(np.round(np.log2(2.5 / width)), 0, 3))
 
-    # What a context means: once per context.
-
-    def _look(self, context: np.ndarray) -> Look:
-        context = np.asarray(context, np.float64)
-        if context.shape != (DIM,):
-            raise UserError(f'a context has {DIM} numbers, this one {context.size}: it is of '
-                            'another version, so film anew with generate_expert_video.py.')
-        return self._cached_look(context.tobytes())
-
-    def _make_look(self, values: bytes) -> Look:
-        context = np.frombuffer(values)
-        slots = {name: context[SLOTS[name]] for name in self._names}
-        hues = spread_hues(slots)
-        colours = np.zeros((4, 3))
-        for group, name, first in ((BODY, 'body', 1), (ACCENT, 'accent', 4),
-                                   (TARGET, 'target', 1), (FLOOR, 'floor', 1)):
-            factor = GROUP_FACTORS[group]
-            if factor in slots:
-                colours[group] = self._colour(factor, hues[name], *slots[factor][first:first + 2])
-        textures = {}
-        light, camera, distractors = None, None, []
-        if 'floor' in slots:
-            y, x = np.mgrid[:FLOOR_SIZE, :FLOOR_SIZE] * 2 * self._tiles // FLOOR_SIZE % 2
-            dark = PATTERNS[int(len(PATTERNS) * slots['floor'][4])](x, y)[..., None]
-            image = colours[FLOOR] * (1 - dark * self._lay('floor', 'contrast', slots['floor'][3]))
-            textures |= dict.fromkeys(self._textures['floor'], (255 * image).astype(np.uint8))
-        if 'sky' in slots:
-            low = self._colour('sky', hues['sky'], *slots['sky'][1:3])
-            high = self._colour('sky', hues['sky'], *slots['sky'][3:5])
-            image = np.tile(np.linspace(high, low, SKY_SIZE)[:, None], (6, SKY_SIZE, 1))
-            textures |= dict.fromkeys(self._textures['sky'], (255 * image).astype(np.uint8))
-        if 'light' in slots:
-            brightness, hue, tint, azimuth, tilt = slots['light']
-            colour = np.array(colorsys.hsv_to_rgb(hue, self._lay('light', 'tint', tint), 1))
-            axis = [np.cos(2 * np.pi * azimuth), np.sin(2 * np.pi * azimuth), 0]
-            light = (self._lay('light', 'brightness', brightness) * colour,
-                     rotation(axis, self._lay('light', 'tilt', tilt)))
-        if 'camera' in slots:
-            yaw, pitch = self._lay('camera', 'orbit', slots['camera'][:2])
-            roll = self._lay('camera', 'roll', slots['camera'][2])
-            camera = (rotation([0, 1, 0], yaw) @ rotation([1, 0, 0], pitch)
-                      @ rotation([0, 0, 1], roll), self._lay('camera', 'zoom', slots['camera'][3]))
-        if 'distractors' in slots:
-            distractors = self._place_distractors(slots['distractors'], hues)
-        return Look([colours[groups] for _, _, groups in self._parts], textures, light, camera,
-                    distractors)
-
-    def _place_distractors(self, slots: np.ndarray,
-                           hues: Mapping[str, float]) -> list[Distractor]:
-        """One near each corner of the picture, for in its middle, and to its sides, things happen.
-
-        They float behind the body, or stand on the floor where the view meets that first.
-        """
-        low, high = self._ranges['distractors', 'count']
-        count, first = int(low + slots[1] * (high - low + 1)), int(4 * slots[2])
-        taken = [hues[name] for name in ('body', 'accent', 'target') if name in hues]
-        # Seen from above, the whole floor is about as far as the body; seen from the side, the
-        # floor must be well behind for a shape on it not to hide the body.
-        nearest = self._depth * (0.9 + 0.3 * np.hypot(*self._axes[:2, 2]))
-        distractors = []
-        for i, own in enumerate(slots[3:].reshape(-1, DISTRACTOR_SLOTS)[:count]):
-            spot = np.array([(-1, -1), (1, 1), (-1, 1), (1, -1)][(first + i) % 4])
-            spot = spot * (0.6 + 0.35 * own[:2])
-            ray, ground = self._cast(spot)
-            if ground < nearest:
-                ray, ground = self._cast(spot * [1, -0.7])
-            depth = min(self._depth * (1.3 + 0.6 * own[2]), ground)
-            position = self._eye + depth * ray
-            shape = SHAPES[int(len(SHAPES) * own[3])]
-            radius = self._lay('distractors', 'size', own[4]) * self._half_view * depth
-            length = radius * (0.6 + 0.8 * own[5])
-            if depth == ground:
-                position[2] += {GEOM.mjGEOM_SPHERE: radius,
-                                GEOM.mjGEOM_CAPSULE: radius + length}.get(shape, length)
-            size = [radius, radius, length] if shape == GEOM.mjGEOM_BOX else [radius, length, 0]
-            hue = hue_apart((slots[0] + (i + 0.3 * own[6]) / count) % 1, taken, 0.14)
-            rgba = [*self._colour('distractors', hue, *own[7:9]), 1]
-            distractors.append(Distractor(
-                shape, np.array(size), position, rotation([0, 0, 1], 360 * own[9]).ravel(),
-                np.array(rgba, np.float32), 2.6 * self._half_view * depth))
-        return distractors
-
-    def _cast(self, spot: np.ndarray) -> tuple[np.ndarray, float]:
+    def cast(self, spot: np.ndarray) -> tuple[np.ndarray, float]:
         """The ray through a spot of the picture (border: 1) per unit of depth, and its depth at
         the floor."""
-        ray = self._axes @ [*(self._half_view * spot), -1]
-        return ray, (self._floor - self._eye[2]) / ray[2] if ray[2] < 0 else np.inf
+        ray = self.axes @ [*(self.half_view * spot), -1]
+        return ray, (self.floor - self.eye[2]) / ray[2] if ray[2] < 0 else np.inf
 
-    def _lay(self, factor: str, key: str, uniform):
-        low, high = self._ranges[factor, key]
-        return low + uniform * (high - low)
 
-    def _colour(self, factor: str, hue: float, saturation: float, value: float) -> np.ndarray:
-        return np.array(colorsys.hsv_to_rgb(hue, self._lay(factor, 'saturation', saturation),
-                                            self._lay(factor, 'value', value)))
+def look(context: np.ndarray, scenery: Scenery, stage: Stage) -> Look:
+    """What a context means on a stage."""
+    slots = {name: context[SLOTS[name]] for name in scenery.names}
+    hues = spread_hues(slots)
+    colours = np.zeros((4, 3))
+    for group, name, first in ((BODY, 'body', 1), (ACCENT, 'accent', 4),
+                               (TARGET, 'target', 1), (FLOOR, 'floor', 1)):
+        factor = GROUP_FACTORS[group]
+        if factor in slots:
+            colours[group] = scenery.colour(factor, hues[name], *slots[factor][first:first + 2])
+    textures = {}
+    light, camera, distractors = None, None, []
+    if 'floor' in slots:
+        y, x = np.mgrid[:FLOOR_SIZE, :FLOOR_SIZE] * 2 * stage.tiles // FLOOR_SIZE % 2
+        dark = PATTERNS[int(len(PATTERNS) * slots['floor'][4])](x, y)[..., None]
+        image = colours[FLOOR] * (1 - dark * scenery.lay('floor', 'contrast', slots['floor'][3]))
+        textures |= dict.fromkeys(stage.textures['floor'], (255 * image).astype(np.uint8))
+    if 'sky' in slots:
+        low = scenery.colour('sky', hues['sky'], *slots['sky'][1:3])
+        high = scenery.colour('sky', hues['sky'], *slots['sky'][3:5])
+        image = np.tile(np.linspace(high, low, SKY_SIZE)[:, None], (6, SKY_SIZE, 1))
+        textures |= dict.fromkeys(stage.textures['sky'], (255 * image).astype(np.uint8))
+    if 'light' in slots:
+        brightness, hue, tint, azimuth, tilt = slots['light']
+        colour = np.array(colorsys.hsv_to_rgb(hue, scenery.lay('light', 'tint', tint), 1))
+        axis = [np.cos(2 * np.pi * azimuth), np.sin(2 * np.pi * azimuth), 0]
+        light = (scenery.lay('light', 'brightness', brightness) * colour,
+                 rotation(axis, scenery.lay('light', 'tilt', tilt)))
+    if 'camera' in slots:
+        yaw, pitch = scenery.lay('camera', 'orbit', slots['camera'][:2])
+        roll = scenery.lay('camera', 'roll', slots['camera'][2])
+        camera = (rotation([0, 1, 0], yaw) @ rotation([1, 0, 0], pitch)
+                  @ rotation([0, 0, 1], roll), scenery.lay('camera', 'zoom', slots['camera'][3]))
+    if 'distractors' in slots:
+        distractors = place_distractors(slots['distractors'], hues, scenery, stage)
+    return Look([colours[groups] for _, _, groups in stage.parts], textures, light, camera,
+                distractors)
+
+
+def place_distractors(slots: np.ndarray, hues: Mapping[str, float], scenery: Scenery,
+                      stage: Stage) -> list[Distractor]:
+    """One near each corner of the picture, for in its middle, and to its sides, things happen.
+
+    They float behind the body, or stand on the floor where the view meets that first.
+    """
+    low, high = scenery.ranges['distractors', 'count']
+    count, first = int(low + slots[1] * (high - low + 1)), int(4 * slots[2])
+    taken = [hues[name] for name in ('body', 'accent', 'target') if name in hues]
+    # Seen from above, the whole floor is about as far as the body; seen from the side, the
+    # floor must be well behind for a shape on it not to hide the body.
+    nearest = stage.depth * (0.9 + 0.3 * np.hypot(*stage.axes[:2, 2]))
+    distractors = []
+    for i, own in enumerate(slots[3:].reshape(-1, DISTRACTOR_SLOTS)[:count]):
+        spot = np.array([(-1, -1), (1, 1), (-1, 1), (1, -1)][(first + i) % 4])
+        spot = spot * (0.6 + 0.35 * own[:2])
+        ray, ground = stage.cast(spot)
+        if ground < nearest:
+            ray, ground = stage.cast(spot * [1, -0.7])
+        depth = min(stage.depth * (1.3 + 0.6 * own[2]), ground)
+        position = stage.eye + depth * ray
+        shape = SHAPES[int(len(SHAPES) * own[3])]
+        radius = scenery.lay('distractors', 'size', own[4]) * stage.half_view * depth
+        length = radius * (0.6 + 0.8 * own[5])
+        if depth == ground:
+            position[2] += {GEOM.mjGEOM_SPHERE: radius,
+                            GEOM.mjGEOM_CAPSULE: radius + length}.get(shape, length)
+        size = [radius, radius, length] if shape == GEOM.mjGEOM_BOX else [radius, length, 0]
+        hue = hue_apart((slots[0] + (i + 0.3 * own[6]) / count) % 1, taken, 0.14)
+        rgba = [*scenery.colour('distractors', hue, *own[7:9]), 1]
+        distractors.append(Distractor(
+            shape, np.array(size), position, rotation([0, 0, 1], 360 * own[9]).ravel(),
+            np.array(rgba, np.float32), 2.6 * stage.half_view * depth))
+    return distractors
 
 
 def colour_group(kind: str, name: str, material: str, ground: bool) -> int:
@@ -408,3 +318,104 @@ def rotation(axis: list[float], degrees: float) -> np.ndarray:
     mujoco.mju_axisAngle2Quat(quaternion, axis, np.deg2rad(degrees))
     mujoco.mju_quat2Mat(matrix, quaternion)
     return matrix.reshape(3, 3)
+
+
+class Painter:
+    """Shows one model in any context. What a context means is worked out once and cached.
+
+    A frame is made so, `gpu` being the MjrContext and context None the suite's own look:
+        painter.upload(context, gpu)  # only where gpu still holds another context's textures
+        painter.arrange(context, scene, update)
+        mujoco.mjr_render(...)
+    """
+
+    def __init__(self, model: mujoco.MjModel, scenery: Mapping[str, Any], camera_id: int):
+        """Raises: UserError for a scenery that is not laid out as in cfgs/base.yaml."""
+        scenery = Scenery(scenery)
+        self._model, self._stage = model, Stage(model, scenery.names, camera_id)
+        self._cached_look = functools.lru_cache(maxsize=256)(
+            lambda values: look(np.frombuffer(values), scenery, self._stage))
+
+    def _look(self, context: np.ndarray) -> Look:
+        context = np.asarray(context, np.float64)
+        if context.shape != (DIM,):
+            raise UserError(f'a context has {DIM} numbers, this one {context.size}: it is of '
+                            'another version, so film anew with generate_expert_video.py.')
+        return self._cached_look(context.tobytes())
+
+    def arrange(self, context: np.ndarray | None, scene: mujoco.MjvScene,
+                update: Callable[[], None]):
+        """Bring a scene up to date in a context.
+
+        Args:
+          update: calls mujoco.mjv_updateScene for the scene; meanwhile the model is painted.
+        """
+        with self.painted(context):
+            update()
+        self._dress(context, scene)
+
+    @contextlib.contextmanager
+    def painted(self, context: np.ndarray | None) -> Iterator[None]:
+        """The model has the context's colours within the block, and its own bits after it."""
+        paint = [] if context is None else self._look(context).paint
+        saved = [(rgba, rgba.copy()) for rgba, _, _ in self._stage.parts]
+        try:
+            for (rgba, rows, _), colours in zip(self._stage.parts, paint, strict=False):
+                rgba[rows, :3] = colours  # alpha stays: tasks hide parts by it
+            yield
+        finally:
+            for rgba, before in saved:
+                rgba[:] = before
+
+    def upload(self, context: np.ndarray | None, gpu: mujoco.MjrContext):
+        """Give `gpu` the context's textures; afterwards the model holds its own again."""
+        model = self._model
+        for index in self._stage.textures['floor'] + self._stage.textures['sky']:
+            if context is None:
+                mujoco.mjr_uploadTexture(model, gpu, index)
+                continue
+            image, start = self._look(context).textures[index], model.tex_adr[index]
+            pixels = model.tex_data[start:start + image.size]
+            saved = pixels.copy(), model.tex_height[index], model.tex_width[index]
+            try:
+                pixels[:] = image.ravel()
+                model.tex_height[index], model.tex_width[index] = image.shape[:2]
+                mujoco.mjr_uploadTexture(model, gpu, index)
+            finally:
+                pixels[:], model.tex_height[index], model.tex_width[index] = saved
+
+    def _dress(self, context: np.ndarray | None, scene: mujoco.MjvScene):
+        """Put the context's distractors, light and camera into a scene that has been updated."""
+        if context is None:
+            return
+        look, cameras = self._look(context), scene.camera
+        eye = (cameras[0].pos + cameras[1].pos) / 2  # the two are a stereo pair
+        forward, up = cameras[0].forward.copy(), cameras[0].up.copy()
+        # Shapes stand still while the camera travels sideways, and come by again every period;
+        # however far it travels ahead, they keep their distance behind the body.
+        travel, aside = eye - self._stage.eye, self._stage.axes[:, 0]
+        ahead = (travel - travel @ aside * aside) * [1, 1, 0]
+        for shape in look.distractors:
+            offset = (shape.position - eye) @ aside
+            position = shape.position + ahead - round(offset / shape.period) * shape.period * aside
+            geom = scene.geoms[scene.ngeom]
+            mujoco.mjv_initGeom(geom, shape.shape, shape.size, position, shape.frame, shape.rgba)
+            geom.category = mujoco.mjtCatBit.mjCAT_STATIC  # decor would cast no shadow
+            scene.ngeom += 1
+        if look.light is not None:
+            colour, turn = look.light
+            pivot = eye + self._stage.depth * forward
+            for light in scene.lights[:scene.nlight]:
+                light.ambient[:] *= colour
+                light.diffuse[:] *= colour
+                if not light.headlight:
+                    light.pos[:] = pivot + turn @ (light.pos - pivot)
+                    light.dir[:] = turn @ light.dir
+        if look.camera is not None:
+            turn, zoom = look.camera
+            right = np.empty(3)
+            mujoco.mju_cross(right, forward, up)
+            _, new_up, new_back = turn.T @ np.stack([right, up, -forward])
+            for camera in cameras:
+                camera.pos[:] += self._stage.depth * (forward + zoom * new_back)
+                camera.up[:], camera.forward[:] = new_up, -new_back

@@ -4,7 +4,6 @@ An episode is named by its seed: `reset(episode_seed=s)` always gives the same p
 the same target, so that a filmed episode can be entered again at its very start, in any context.
 """
 import atexit
-import contextlib
 import importlib
 import os
 import subprocess
@@ -134,17 +133,19 @@ class Camera:
         if not np.array_equal(context, self._uploaded):
             self._painter.upload(context, self._gpu)
             self._uploaded = context.copy() if context is not None else None
-        with self._painter.painted(context) if self._painter else contextlib.nullcontext():
-            mujoco.mjv_updateScene(self._model, self._physics.data.ptr, self._option,
-                                   self._perturb, self._view, mujoco.mjtCatBit.mjCAT_ALL,
-                                   self._scene)
         if self._painter:
-            self._painter.dress(context, self._scene)
+            self._painter.arrange(context, self._scene, self._update_scene)
+        else:
+            self._update_scene()
         # Contexts of the GPU share one buffer binding: another camera may have been here.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
         mujoco.mjr_render(self._rect, self._scene, self._gpu)
         mujoco.mjr_readPixels(self._pixels, None, self._rect, self._gpu)
         return self._pixels[::-1].copy()  # OpenGL's first row is the lowest
+
+    def _update_scene(self):
+        mujoco.mjv_updateScene(self._model, self._physics.data.ptr, self._option, self._perturb,
+                               self._view, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
 
 
 class Wrapper(dm_env.Environment):
@@ -315,7 +316,8 @@ def load_suite(task_name: str, scenery=None, seed: int = 0) -> SuiteEpisodes:
     env = suite.load(domain, task, task_kwargs={'random': seed})
     env._step_limit = min(env._step_limit, MAX_EPISODE_STEPS)
     camera_id = 2 if domain == 'quadruped' else 0  # as in DrQ-v2: 0 is inside the quadruped
-    painter = contexts.prepare(env, scenery, camera_id) if scenery is not None else None
+    painter = (contexts.Painter(env.physics.model.ptr, scenery, camera_id)
+               if scenery is not None else None)
     return SuiteEpisodes(env, camera_id, painter, seed)
 
 

@@ -84,15 +84,14 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
     return agent, made_by['env_args']
 
 
-def draw_episode(seed: int, split: str, i: int, num_contexts: int, scenery: dict
-                 ) -> tuple[int, np.ndarray]:
+def draw_episode(seed: int, split: str, i: int, num_contexts: int,
+                 scenery: contexts.Scenery) -> tuple[int, np.ndarray]:
     """-> episode i's seed, even where contexts are seen and odd where they are held out, and its
     contexts (num_contexts, DIM)."""
     number, kind = list(SPLITS).index(split), SPLITS[split].contexts
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, i)))
     episode_seed = 2 * int(rng.integers(2**31)) + (kind == 'held_out')
-    return episode_seed, np.stack([contexts.sample(rng, kind, scenery)
-                                   for _ in range(num_contexts)])
+    return episode_seed, np.stack([scenery.sample(rng, kind) for _ in range(num_contexts)])
 
 
 class RandomPlay:
@@ -165,8 +164,8 @@ class Studio:
     def __init__(self, cfg):
         self.cfg = cfg
         self.agent, env_args = load_expert(cfg.snapshot, cfg.task_name)
-        self.scenery = OmegaConf.to_container(cfg.scenery, resolve=True)
-        self.env = dmc.make(cfg.task_name, scenery=self.scenery, **env_args)
+        self.scenery = contexts.Scenery(cfg.scenery)
+        self.env = dmc.make(cfg.task_name, scenery=cfg.scenery, **env_args)
         self.fps = 1 / (self.env.control_timestep() * env_args['action_repeat'])
 
     @functools.cache  # noqa: B019  a worker has one studio

@@ -24,13 +24,13 @@ def only(*names: str) -> dict:
 
 
 def draw(seed: int, scenery=SCENERY, split='seen') -> np.ndarray:
-    return contexts.sample(np.random.default_rng(seed), split, scenery)
+    return contexts.Scenery(scenery).sample(np.random.default_rng(seed), split)
 
 
 def load(name: str, scenery=SCENERY):
     env = suite.load(*dmc.split_name(name), task_kwargs={'random': 1})
     env.reset()
-    return env, contexts.prepare(env, scenery, 0)
+    return env, contexts.Painter(env.physics.model.ptr, scenery, 0)
 
 
 def to_bytes(model: mujoco.MjModel) -> np.ndarray:
@@ -41,14 +41,13 @@ def to_bytes(model: mujoco.MjModel) -> np.ndarray:
 
 
 def arrange(env, painter, context) -> mujoco.MjvScene:
-    """What dmc.Camera does for a frame, all but the OpenGL."""
+    """The scene that dmc.Camera draws, without OpenGL."""
     model, view = env.physics.model.ptr, mujoco.MjvCamera()
     view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0
     scene = mujoco.MjvScene(model, maxgeom=1000)
-    with painter.painted(context):
-        mujoco.mjv_updateScene(model, env.physics.data.ptr, mujoco.MjvOption(), None, view,
-                               mujoco.mjtCatBit.mjCAT_ALL, scene)
-    painter.dress(context, scene)
+    painter.arrange(context, scene, lambda: mujoco.mjv_updateScene(
+        model, env.physics.data.ptr, mujoco.MjvOption(), None, view, mujoco.mjtCatBit.mjCAT_ALL,
+        scene))
     return scene
 
 
@@ -77,9 +76,22 @@ def test_a_context_is_painted_and_taken_off_bit_for_bit_on_every_task(domain, up
             with painter.painted(context):
                 assert not np.array_equal(to_bytes(model), before), task
             painter.upload(context, None)
-            painter.dress(context, arrange(env, painter, context))
+            arrange(env, painter, context)
             assert np.array_equal(to_bytes(model), before), task
         assert {'grid', 'skybox'} <= set(uploads), task
+
+
+def test_what_a_context_means_is_a_function_of_context_scenery_and_model():
+    env, _ = load('finger_turn_hard')
+    model = env.physics.model.ptr
+    before, scenery = to_bytes(model), contexts.Scenery(SCENERY)
+    looks = [contexts.look(draw(seed), scenery, contexts.Stage(model, scenery.names, 0))
+             for seed in (0, 0, 1)]
+    one, again, other = ([*look.paint, *look.textures.values(), *look.light, *look.camera]
+                         for look in looks)
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not np.array_equal(one[0], other[0])
+    assert np.array_equal(to_bytes(model), before)
 
 
 def test_the_model_is_its_own_again_after_an_error(uploads, monkeypatch):
@@ -195,19 +207,19 @@ def test_samples_lie_in_their_split_whatever_is_switched_on():
             scenery = only(*names)
             for split in ('seen', 'held_out'):
                 context = draw(number, scenery, split)
-                assert contexts.split_of(context, scenery) == split
+                assert contexts.Scenery(scenery).split_of(context) == split
                 assert context.shape == (contexts.DIM,) and context.dtype == np.float64
                 assert context.min() >= 0 and context.max() < 1
 
 
 def test_a_split_is_a_quarter_of_all_and_covers_every_cell_it_may():
-    rng = np.random.default_rng(0)
-    share = np.mean([contexts.split_of(rng.random(contexts.DIM), SCENERY) == 'held_out'
+    rng, scenery = np.random.default_rng(0), contexts.Scenery(SCENERY)
+    share = np.mean([scenery.split_of(rng.random(contexts.DIM)) == 'held_out'
                      for _ in range(2000)])
     assert 0.22 < share < 0.28
     for split, cells in ('seen', {1, 2, 3, 5, 6, 7}), ('held_out', {0, 4}):
         key = contexts.SLOTS['sky'].start
-        assert {int(8 * contexts.sample(rng, split, only('sky'))[key])
+        assert {int(8 * contexts.Scenery(only('sky')).sample(rng, split)[key])
                 for _ in range(200)} == cells
 
 
@@ -216,7 +228,7 @@ def test_contexts_are_functions_of_the_generator_and_survive_json():
     assert np.array_equal(json.loads(json.dumps(draw(3).tolist())), draw(3))
     generators = [np.random.default_rng(0) for _ in range(2)]
     for rng, split in zip(generators, ('seen', 'held_out'), strict=True):
-        contexts.sample(rng, split, SCENERY)
+        contexts.Scenery(SCENERY).sample(rng, split)
     assert generators[0].random() == generators[1].random()
 
 
@@ -244,7 +256,7 @@ def test_contexts_are_seen_in_the_pixels_and_gone_without():
 ])
 def test_bad_scenery_is_told_in_a_sentence(change, sentence):
     with pytest.raises(UserError, match=sentence):
-        contexts.enabled(OmegaConf.create({**SCENERY, **change}))
+        contexts.Scenery(OmegaConf.create({**SCENERY, **change}))
 
 
 def test_a_context_of_another_layout_is_refused():

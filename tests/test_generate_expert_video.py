@@ -83,7 +83,7 @@ def test_dataset_is_whole(dataset, snapshot):
             assert (frames[0] != frames[1]).any() and (frames[:, 0] != frames[:, 5]).any()
             assert np.shape(episode['qpos']) == (6, 2)
             for context in episode['contexts']:
-                assert contexts.split_of(np.array(context), clips.meta['scenery']) == look
+                assert contexts.Scenery(clips.meta['scenery']).split_of(np.array(context)) == look
 
 
 def test_demonstrations_keep_no_actions_and_play_keeps_no_rewards(dataset):
@@ -247,14 +247,14 @@ def test_an_episode_can_be_entered_again(dataset, snapshot):
 
 
 def test_episodes_are_functions_of_seed_split_and_number():
-    scenery = config().scenery
+    scenery = contexts.Scenery(config().scenery)
     drawn = {}
     for split in NUMS:
         look = 'held_out' if split.endswith('valid') else 'seen'
         for i in range(50):
             episode_seed, looks = script.draw_episode(1, split, i, 3, scenery)
             assert looks.shape == (3, contexts.DIM)
-            assert {contexts.split_of(each, scenery) for each in looks} == {look}
+            assert {scenery.split_of(each) for each in looks} == {look}
             assert episode_seed % 2 == (look == 'held_out')
             drawn[split, i] = episode_seed
     assert len(set(drawn.values())) == 200 and all(seed < 2**32 for seed in drawn.values())

@@ -52,7 +52,7 @@ def write_videos(folder, scenery, num_contexts=3):
                     'play': {'actions': rng.uniform(-1, 1, (LENGTH, 2)).tolist()}}[split]
             video.write_episode(folder / split, i, frames, {
                 'episode_seed': i, **kept, 'qpos': [[0.0] * 2] * (LENGTH + 1),
-                'contexts': [contexts.sample(rng, kind, scenery).tolist()
+                'contexts': [contexts.Scenery(scenery).sample(rng, kind).tolist()
                              for _ in range(num_contexts)]})
         video.write_json(folder / split / 'meta.json', {
             'format': utils.FORMAT, 'task': 'reacher_hard', 'split': split, 'im_size': SIZE,
