@@ -57,26 +57,6 @@ FACETS, CONTEXT_FACETS = (28, 8), (14, 7)
 QUALITY, CONTEXT_QUALITY = [SHADOW_SIZE, *FACETS], [SHADOW_SIZE, *CONTEXT_FACETS]
 
 
-def require_same_pictures(source, versions: dict, quality: list | None, wanted: list, mend: str):
-    """Raises: UserError where `source` comes from pictures that are not drawn as those here.
-
-    Args:
-      versions, quality: `utils.versions()` and `QUALITY` or `CONTEXT_QUALITY`, as they were there.
-      wanted: that quality here; mend: the command that mends it.
-    """
-    for what, there, here in (('MuJoCo', versions['mujoco'], mujoco.__version__),
-                              ('quality', quality, wanted)):
-        if there != here:
-            raise UserError(f'{source} comes from pictures of {what} {there}, which is drawn '
-                            f'otherwise than {here}: {mend}.')
-
-
-def require_same_videos(root, meta: dict):
-    """The same of demonstrations: `meta` is `video.Clips.meta`."""
-    require_same_pictures(root, meta['versions'], meta['quality'], CONTEXT_QUALITY,
-                          f"remove it, and python generate_expert_video.py task={meta['task']}")
-
-
 def task_names() -> list[str]:
     """Every task of the suite as domain_task."""
     return [f'{domain}_{task}' for domain, task in suite.ALL_TASKS]

@@ -77,7 +77,7 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
                                  remedy=f'python train.py task={task_name}')
     made_by = expert['made_by']
     if made_by['env_args']['obs'] == 'pixels':
-        dmc.require_same_pictures(path, expert['versions'], made_by.get('quality'), dmc.QUALITY,
+        utils.require_same_pictures(path, expert['versions'], made_by.get('quality'), dmc.QUALITY,
                                   f'python train.py task={task_name}')
     agent = DrQV2Agent(**expert['agent_args'], device='cpu')
     agent.load_state_dict(expert['agent'])
@@ -242,16 +242,16 @@ def flat(values: dict, prefix: str = '') -> dict:
 
 def check_same_settings(root: Path, meta: dict):
     """Raises: UserError where the folder's episodes were made otherwise than `meta` says."""
-    mend = f'rm -r {root}, or set out_dir to another folder'
+    remedy = f'rm -r {root}, or set out_dir to another folder'
     if not (root / 'meta.json').exists():
         if video.episode_numbers(root):
-            raise UserError(f'{root} holds episodes but no meta.json to say of what: {mend}.')
+            raise UserError(f'{root} holds episodes but no meta.json to say of what: {remedy}.')
         return
     here, there = flat(meta), flat(video.read_json(root / 'meta.json'))
     for key in sorted(here.keys() | there.keys() - {'num_episodes'}):
         if here.get(key) != there.get(key):
             raise UserError(f'{root} was made with {key}={there.get(key)}, not {here.get(key)}: '
-                            f'{mend}.')
+                            f'{remedy}.')
 
 
 def generate(cfg):

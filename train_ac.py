@@ -119,7 +119,7 @@ def load_translator(cfg, quiet: bool = False) -> ContextTranslator:
     """
     retrain = f'python train_ct.py task={cfg.task_name}'
     made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name, remedy=retrain)
-    dmc.require_same_pictures(cfg.snapshot, made['made_by']['videos'],
+    utils.require_same_pictures(cfg.snapshot, made['made_by']['videos'],
                               made['made_by'].get('quality'), dmc.CONTEXT_QUALITY, retrain)
     model = ContextTranslator(**made['model_args'])
     if (model.code is None) != (cfg.recipe == 'liu2017'):
@@ -162,8 +162,8 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
         film_demonstrations(cfg, im_size)
     splits = {}
     for split, limit in limits.items():
-        splits[split] = clips = video.Clips(root / split, cfg.task_name, im_size, max_clips=limit)
-        dmc.require_same_videos(clips.root, clips.meta)
+        splits[split] = clips = video.Clips(root / split, cfg.task_name, im_size,
+                                            dmc.CONTEXT_QUALITY, max_clips=limit)
         if clips.meta['num_contexts'] < 2:
             raise UserError(f'{clips.root} shows each episode in one context only; one more is '
                             'needed for the agent: python generate_expert_video.py '
@@ -240,7 +240,8 @@ def load_imitator(run: str | Path, task_name: str, videos: Path) -> tuple[Imitat
     if utils.sha256(cfg.snapshot) != made['made_by']['translator_sha256']:
         raise UserError(f'{cfg.snapshot} is not the translator that {run} was trained with: put '
                         f'that one back, or {retrain}.')
-    clips = video.Clips(videos, task_name, model.im_size, max_clips=cfg.num_demos)
+    clips = video.Clips(videos, task_name, model.im_size, dmc.CONTEXT_QUALITY,
+                        max_clips=cfg.num_demos)
     act_as_often(cfg, clips.root, clips.meta['action_repeat'])
     layout = Layout(model.feature_dim, cfg.num_frames, tuple(cfg.lookahead))
     env = make_env(cfg, Demonstrations(model, clips, made['made_by']['scale']), layout,

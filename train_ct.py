@@ -436,8 +436,8 @@ def open_splits(cfg) -> dict[str, video.Clips]:
     clips = {}
     for name in splits:
         clips[name] = video.Clips(root / name, cfg.task_name,
-                                  clips['train'].meta['im_size'] if clips else None)
-        dmc.require_same_videos(clips[name].root, clips[name].meta)
+                                  clips['train'].meta['im_size'] if clips else None,
+                                  dmc.CONTEXT_QUALITY)
         for key in ('num_contexts', 'episode_len', 'action_repeat'):
             there, here = (clips[split].meta.get(key) for split in ('train', name))
             if there != here:

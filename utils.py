@@ -119,13 +119,13 @@ def require_at_least(cfg, minimum: int, *keys: str):
                             f'{key}={minimum} or more.')
 
 
-def check_disk(folder: str | Path, num_bytes: int, what: str, mend: str):
+def check_disk(folder: str | Path, num_bytes: int, what: str, remedy: str):
     """Raises: UserError when the disk on which `folder` is, or will be, lacks the bytes."""
     parent = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if num_bytes > free:
         raise UserError(f'{what} in {folder} needs {num_bytes / 2**30:.1f} GiB and '
-                        f'{free / 2**30:.1f} GiB are free: {mend}.')
+                        f'{free / 2**30:.1f} GiB are free: {remedy}.')
 
 
 def set_seed_everywhere(seed: int):
@@ -314,6 +314,21 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
     if task is not None and payload['task'] != task:
         raise UserError(f"{found} is for task {payload['task']}, not {task}: {remedy}.")
     return payload
+
+
+def require_same_pictures(source: str | Path, there: dict, quality: list | None, here: list,
+                          remedy: str):
+    """Raises: UserError where `source` comes from pictures that are drawn otherwise than here.
+
+    Args:
+      there: `versions()` as they were there.
+      quality: `dmc.QUALITY` or `dmc.CONTEXT_QUALITY` as it was there; `here`: as it is here.
+    """
+    for what, before, now in (('MuJoCo', there['mujoco'], versions()['mujoco']),
+                              ('quality', quality, here)):
+        if before != now:
+            raise UserError(f'{source} comes from pictures of {what} {before}, which is drawn '
+                            f'otherwise than {now}: {remedy}.')
 
 
 def check_same_run(work_dir: Path, before: dict, now: dict):

@@ -175,7 +175,8 @@ class Clips:
 
     Args:
       root: the split's folder, e.g. videos/reacher_hard/train.
-      task, im_size: what the videos must be of; None takes any.
+      task, im_size, quality: what the videos must be of, see `dmc.CONTEXT_QUALITY`; None takes
+        any.
       max_clips: how many episodes to open at most.
 
     Raises: UserError where something is missing, damaged or of another task, size or format; the
@@ -183,7 +184,7 @@ class Clips:
     """
 
     def __init__(self, root: str | Path, task: str | None = None, im_size: int | None = None,
-                 max_clips: int | None = None):
+                 quality: list | None = None, max_clips: int | None = None):
         self.root = Path(root)
         command = f"python generate_expert_video.py task={task or '<task>'}"
         if not (self.root / 'meta.json').exists():
@@ -200,6 +201,9 @@ class Clips:
             raise UserError(f"{self.root} holds images of {meta['im_size']} pixels, not {im_size}: "
                             f"set im_size={meta['im_size']}, or remove the folder and {command} "
                             f'im_size={im_size}.')
+        if quality is not None:
+            utils.require_same_pictures(self.root, meta['versions'], meta['quality'], quality,
+                                        f'remove it, and {command}')
         if not is_whole(self.root):
             raise UserError(f"{self.root} lacks some of its {meta['num_episodes']} episodes, since "
                             f'filming was interrupted: {command} goes on with it, given the same '

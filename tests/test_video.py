@@ -152,6 +152,18 @@ def test_clips_of_the_wrong_kind(tmp_path, wanted, sentence):
         video.Clips(make_dataset(tmp_path), **wanted)
 
 
+@pytest.mark.parametrize('changes, words', [
+    ({'versions': {'mujoco': '1.0'}}, 'MuJoCo 1.0'), ({'quality': [1, 2, 3]}, r'\[1, 2, 3\]'),
+    ({'quality': None}, 'quality None')])
+def test_videos_that_are_drawn_otherwise_are_refused(tmp_path, changes, words):
+    made = {'versions': utils.versions(), 'quality': [512, 14, 7]}
+    video.Clips(make_dataset(tmp_path / 'same', **made), quality=[512, 14, 7])
+    root = make_dataset(tmp_path / 'other', **{**made, **changes})
+    video.Clips(root)
+    with pytest.raises(utils.UserError, match=f'{root} comes from .*{words}.*task=reacher_hard'):
+        video.Clips(root, quality=[512, 14, 7])
+
+
 def test_clips_missing_or_of_another_format(tmp_path):
     with pytest.raises(utils.UserError, match='generate_expert_video.py task=reacher_easy'):
         video.Clips(tmp_path / 'train', task='reacher_easy')
