@@ -3,8 +3,7 @@
 `Workspace` is the project's only RL loop: act, step, store, update, log, evaluate, snapshot and
 resume. The imitator (train_ac.py) runs in it as well.
 """
-import contextlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,19 +39,41 @@ def check_action_repeat(cfg):
                         f'{cfg.action_repeat} frames: set it higher.')
 
 
+class Inline(Executor):
+    """Runs what is submitted at once, in the same thread."""
+
+    def submit(self, function, *args) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def load_last(work_dir: Path, kind: str, task_name: str) -> dict | None:
+    """The newest snapshot of the run in this folder, if it has one.
+
+    Raises: UserError for one that is damaged, or of another kind or task.
+    """
+    path = work_dir / 'snapshot.pt'
+    return (utils.load_snapshot(path, kind, task_name, remedy='start a new run')
+            if utils.newest_snapshot(path) else None)
+
+
 class Workspace:
     """One run in one folder, which goes on from its last snapshot when started again there."""
 
     def __init__(self, cfg, work_dir: Path, kind: str, train_env, eval_env, agent_class,
-                 agent_args: dict, made_by: dict, overlap: bool = False):
+                 agent_args: dict, made_by: dict, last: dict | None, overlap: bool = False):
         """
         Args:
           kind: what its snapshots hold, 'expert' or 'imitator'.
           agent_args: constructor arguments of `agent_class` but for the device; kept in the
             snapshot, so that the agent can be made again from that alone.
           made_by: plain values to keep in the snapshot: where inputs came from.
+          last: the snapshot to go on from, see `load_last`.
           overlap: update in a thread beside the environment's step, with a core each. For steps
             that take about as long and need Python little, else the two are in each other's way.
+
+        Raises: UserError where `last` was made with other options or inputs.
         """
         self.cfg, self.work_dir, self.kind = cfg, work_dir, kind
         self.train_env, self.eval_env = train_env, eval_env
@@ -62,12 +83,8 @@ class Workspace:
             'replay_buffer_size', 'snapshot_every_frames')}
         self.snapshot_path = work_dir / 'snapshot.pt'
         self.global_step = self.global_episode = 0
-        state = None
-        if utils.newest_snapshot(self.snapshot_path):
-            # All that can be said against it is said before the replay buffer's files are touched.
-            state = utils.load_snapshot(self.snapshot_path, kind, cfg.task_name,
-                                        remedy='start a new run')
-            utils.check_same_run(work_dir, {**state['agent_args'], **state['made_by']},
+        if last:  # checked before the replay buffer's files are touched
+            utils.check_same_run(work_dir, {**last['agent_args'], **last['made_by']},
                                  {**agent_args, **self.made_by})
 
         device = utils.pick_device(cfg.device)
@@ -89,8 +106,8 @@ class Workspace:
             device)
         self.elapsed, self.last_eval_step = 0.0, None
         self.evaluations = []  # [frame, mean return, standard deviation]
-        if state:
-            self.load_state(state)
+        if last:
+            self.load_state(last)
         self.first_step = self.global_step
         self.timer = utils.Timer(self.elapsed)
         self.logger = Logger(work_dir, total=cfg.num_train_frames, resume_step=self.global_frame,
@@ -102,20 +119,42 @@ class Workspace:
         return self.global_step * self.cfg.action_repeat
 
     def train(self):
+        if self.global_step == 0:
+            self.eval()
+        self.run(self.cfg.num_train_frames)
+        self.finish()
+
+    def run(self, num_frames: int):
+        """Go on until the run has had so many frames in all, from the start of an episode."""
         cfg = self.cfg
-        train_until_step = utils.Until(cfg.num_train_frames, cfg.action_repeat)
+        train_until_step = utils.Until(num_frames, cfg.action_repeat)
         seed_until_step = utils.Until(cfg.num_seed_frames, cfg.action_repeat)
         every = [utils.Every(frames, cfg.action_repeat, self.global_step) for frames in
                  (cfg.log_every_frames, cfg.eval_every_frames, cfg.snapshot_every_frames)]
-        if self.global_step == 0:
-            self.eval()
-        if train_until_step(self.global_step):
-            time_step = self.start_episode()
-
-        with self.second_thread() as beside:  # whatever ends the loop, no update outlives it
+        if not train_until_step(self.global_step):
+            return
+        time_step = self.start_episode()
+        # Whatever ends the loop, no update outlives it.
+        with ThreadPoolExecutor(1) if self.overlap else Inline() as executor:
             while train_until_step(self.global_step):
-                time_step = self.step(time_step, beside,
-                                      try_update=not seed_until_step(self.global_step))
+                # sample an action
+                action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
+
+                # update the agent
+                update = None
+                if not seed_until_step(self.global_step) and len(self.replay_buffer):
+                    update = executor.submit(self.agent.update, self.replay_buffer, cfg.batch_size,
+                                             self.global_step)
+
+                # take a step, perhaps beside the update
+                time_step = self.train_env.step(action)
+                if update:
+                    self.logger.log_metrics(update.result(), self.global_frame)
+                self.episode_reward += time_step.reward
+                self.episode_step += 1
+                self.global_step += 1
+                self.replay_buffer.add(time_step, action)
+
                 if time_step.last():
                     # Logging, evaluation and snapshots all fall between two episodes: a resumed
                     # run need not restore one that is half played.
@@ -128,31 +167,6 @@ class Workspace:
                     if snapshot_now:
                         self.save_snapshot()
                     time_step = self.start_episode()
-        self.finish()
-
-    def second_thread(self):
-        """A context: where updates run, or None for here."""
-        return ThreadPoolExecutor(1) if self.overlap else contextlib.nullcontext()
-
-    def step(self, time_step, beside: ThreadPoolExecutor | None, try_update: bool):
-        """One step of the training environment from `time_step`, and the update that is due."""
-        # sample an action
-        action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
-        # try to update the agent; beside it or after it, the environment takes its step
-        metrics = {}
-        if try_update and len(self.replay_buffer):
-            args = self.replay_buffer, self.cfg.batch_size, self.global_step
-            metrics = (beside.submit(self.agent.update, *args) if beside
-                       else self.agent.update(*args))
-        time_step = self.train_env.step(action)
-        self.logger.log_metrics(metrics.result() if beside and metrics else metrics,
-                                self.global_frame)
-        # remember the step
-        self.episode_reward += time_step.reward
-        self.episode_step += 1
-        self.global_step += 1
-        self.replay_buffer.add(time_step, action)
-        return time_step
 
     def start_episode(self):
         self.episode_reward, self.episode_step = 0.0, 0
@@ -263,7 +277,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                       obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0])
     return Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent, agent_args,
-                     {'env_args': env_args(cfg), 'quality': dmc.QUALITY})
+                     {'env_args': env_args(cfg), 'quality': dmc.QUALITY},
+                     load_last(work_dir, 'expert', cfg.task_name))
 
 
 @utils.main('train', dmc.task_names())

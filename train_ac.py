@@ -16,7 +16,7 @@ import utils
 import video
 from ac_agent import ACAgent, Demonstrations, Imitation, Layout, Play, Reward
 from ct_model import ContextTranslator
-from train import Workspace, check_action_repeat, check_settings
+from train import Workspace, check_action_repeat, check_settings, load_last
 from utils import UserError
 
 # Scores of a translator with which imitation has worked, and 1 where more is better, -1 where less.
@@ -188,7 +188,9 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     model = load_translator(cfg)
     splits = open_videos(cfg, model.im_size)
 
-    demos = Demonstrations(model, splits['train'], stored_scale(cfg, work_dir))
+    # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
+    last = load_last(work_dir, 'imitator', cfg.task_name)
+    demos = Demonstrations(model, splits['train'], last and last['made_by'].get('scale'))
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
     layout = Layout(model.feature_dim, cfg.num_frames, tuple(cfg.lookahead))
     train_env = make_env(cfg, demos, layout, evaluate=False)
@@ -206,16 +208,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                'expert_sha256': splits['train'].meta['expert_sha256'], 'num_demos': len(demos),
                'num_play': len(splits.get('play', ())), 'w_img': cfg.w_img, 'scale': demos.scale}
     return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, make_agent, agent_args,
-                     made_by, overlap=utils.pick_device(cfg.device).type == 'cpu')
-
-
-def stored_scale(cfg, work_dir: Path):
-    """That of the run's snapshot, if there is one: worked out anew it could differ in the last
-    digits."""
-    if not utils.newest_snapshot(work_dir / 'snapshot.pt'):
-        return None
-    return utils.load_snapshot(work_dir / 'snapshot.pt', 'imitator', cfg.task_name,
-                               remedy='start a new run')['made_by'].get('scale')
+                     made_by, last, overlap=utils.pick_device(cfg.device).type == 'cpu')
 
 
 def encode_play(model: ContextTranslator, clips: video.Clips, scale) -> Play:

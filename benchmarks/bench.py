@@ -111,19 +111,10 @@ def rendering(device, folder) -> Iterator[Row]:
 
 def run(workspace, num_steps: int) -> Callable:
     """-> what goes `num_steps` on in the run's own loop, which has all that it needs to learn."""
-    time_step = workspace.start_episode()
+    def go(num_steps=num_steps):
+        workspace.run((workspace.global_step + num_steps) * workspace.cfg.action_repeat)
 
-    def go(num_steps=num_steps, try_update=True):
-        nonlocal time_step
-        with workspace.second_thread() as beside:
-            for _ in range(num_steps):
-                time_step = workspace.step(time_step, beside, try_update)
-                if time_step.last():
-                    workspace.global_episode += 1
-                    time_step = workspace.start_episode()
-
-    while workspace.global_step < 2000 or not len(workspace.replay_buffer):  # random actions
-        go(1, try_update=False)
+    go(2000)  # random actions, without updates
     return go
 
 

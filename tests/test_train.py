@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 import train
 import utils
 from drqv2 import DrQV2Agent
-from train import Workspace
+from train import Workspace, load_last
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,8 @@ def make(work_dir, pixels, env=None, **changes):
                       num_expl_steps=20)
     work_dir.mkdir(exist_ok=True)
     return Workspace(OmegaConf.merge(CFG, changes), work_dir, 'expert', env,
-                     FakeEnv(pixels=pixels), DrQV2Agent, agent_args, {'seed': 1})
+                     FakeEnv(pixels=pixels), DrQV2Agent, agent_args, {'seed': 1},
+                     load_last(work_dir, 'expert', CFG.task_name))
 
 
 def weights(work_dir, kind='expert'):
@@ -177,7 +178,8 @@ def test_other_sizes_are_refused_on_resume(tmp_path):
     with pytest.raises(UserError, match='hidden_dim'):
         env = FakeEnv()
         args = dict(obs_shape=[5], action_dim=2, hidden_dim=32, num_expl_steps=20)
-        Workspace(CFG, tmp_path, 'expert', env, env, DrQV2Agent, args, {})
+        Workspace(CFG, tmp_path, 'expert', env, env, DrQV2Agent, args, {},
+                  load_last(tmp_path, 'expert', CFG.task_name))
 
 
 @pytest.mark.parametrize('key', ['num_train_frames', 'batch_size', 'nstep', 'num_eval_episodes'])
