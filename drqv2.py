@@ -50,64 +50,11 @@ class TruncatedNormal(Normal):
         return action - action.detach() + clamped.detach()
 
 
-class ConvStack(torch.autograd.Function):
-    """Convolutions, each with its ReLU, on a CPU in bf16: chunk by chunk through all layers, while
-    a chunk is in the cache, and with ReLU done as the products are written."""
-
-    chunk = 64  # images
-
-    @staticmethod
-    def forward(ctx, obs, strides, for_backward, *weights_and_biases):
-        """uint8 (B, C, H, W) less 128 goes in -> bf16 (B, repr_dim), flattened as it lies.
-
-        Without `for_backward` what each layer gave is forgotten as soon as the next has it.
-        """
-        layout = dict(dtype=torch.bfloat16, memory_format=torch.channels_last)
-        weights = [weight.to(**layout) for weight in weights_and_biases[:len(strides)]]
-        biases = [bias.bfloat16() for bias in weights_and_biases[len(strides):]]
-        features, saved = [], []
-        for x in obs.split(ConvStack.chunk):
-            # In two steps, which together are faster than one that changes type and order at once.
-            x = (x ^ 128).view(torch.int8).bfloat16().contiguous(memory_format=torch.channels_last)
-            for weight, bias, stride in zip(weights, biases, strides, strict=True):
-                if for_backward:
-                    saved.append(x)
-                x = torch.ops.mkldnn._convolution_pointwise(
-                    x, weight, bias, [0, 0], [stride] * 2, [1, 1], 1, 'relu', [], None)
-            x = x.permute(0, 2, 3, 1)
-            features.append(x.flatten(1))
-        features = torch.cat(features)
-        ctx.save_for_backward(features, *weights, *saved)
-        ctx.strides, ctx.shape = strides, x.shape[1:]
-        return features
-
-    @staticmethod
-    def backward(ctx, grad):
-        depth = len(ctx.strides)
-        features, *saved = ctx.saved_tensors
-        weights, saved = saved[:depth], saved[depth:]
-        sums = [0.0] * (2 * depth)  # of weights and biases, in fp32
-        inputs = [saved[i:i + depth] for i in range(0, len(saved), depth)]
-        outputs, grads = (x.split(ConvStack.chunk) for x in (features, grad))
-        for xs, *ends in zip(inputs, outputs, grads, strict=True):
-            x, x_grad = (end.unflatten(1, ctx.shape).permute(0, 3, 1, 2) for end in ends)
-            for i in reversed(range(depth)):
-                x_grad = torch.ops.aten.threshold_backward(x_grad, x, 0)
-                x = xs[i]
-                x_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
-                    x_grad, x, weights[i], [len(weights[i])], [ctx.strides[i]] * 2, [0, 0],
-                    [1, 1], False, [0, 0], 1, [i > 0, True, True])
-                sums[i] = sums[i] + weight_grad.float()
-                sums[depth + i] = sums[depth + i] + bias_grad.float()
-        return None, None, None, *sums
-
-
 class Encoder(nn.Module):
     """uint8 pixels (B, C, H, W) -> (B, repr_dim), 39,200 at 84 px; flat states pass unchanged.
 
-    Pixels less 128 are exact in bf16, and images lie in memory with their channels innermost, which
-    makes it fast. Features are flattened as they lie, so their order is not the
-    published one, to which no layer attends.
+    Features are flattened with channels innermost, so their order is not the published one, to
+    which no layer attends.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], precision: str = 'fp32'):
@@ -136,16 +83,7 @@ class Encoder(nn.Module):
         biases = [conv.bias for conv in self.convs]
         weights[0] = weights[0] / 255
         biases[0] = biases[0] + 0.5 * weights[0].sum((1, 2, 3))
-        strides = [conv.stride[0] for conv in self.convs]
-        if (self._dtype == torch.bfloat16 and obs.device.type == 'cpu'
-                and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            # Asked here: within a Function gradients are never enabled, wanted or not.
-            return ConvStack.apply(obs, strides, torch.is_grad_enabled(), *weights, *biases)
-        layout = dict(dtype=self._dtype, memory_format=torch.channels_last)
-        x = obs.to(**layout).sub_(128)
-        for weight, bias, stride in zip(weights, biases, strides, strict=True):
-            x = F.relu(F.conv2d(x, weight.to(**layout), bias.to(x.dtype), stride))
-        return x.permute(0, 2, 3, 1).flatten(1)
+        return convolve(obs, weights, biases, [conv.stride[0] for conv in self.convs], self._dtype)
 
 
 class Projection(nn.Linear):
@@ -328,3 +266,76 @@ class DrQV2Agent:
 
     def actor_loss(self, features, dist) -> torch.Tensor:
         return -torch.min(*self.critic(features, dist.sample(self.stddev_clip))).mean()
+
+
+# ------------------------------------------------------------- fast convolutions on a CPU
+
+def convolve(obs: torch.Tensor, weights: list, biases: list, strides: list[int],
+             dtype: torch.dtype) -> torch.Tensor:
+    """Convolutions, each with its ReLU, over pixels less 128, which are exact in bf16.
+
+    Args: obs uint8 (B, C, H, W).
+
+    Returns: (B, repr_dim) of `dtype`, flattened with channels innermost, as it lies in memory.
+    """
+    if (dtype == torch.bfloat16 and obs.device.type == 'cpu'
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        # Asked here: within a Function gradients are never enabled, wanted or not.
+        return ConvStack.apply(obs, strides, torch.is_grad_enabled(), *weights, *biases)
+    layout = dict(dtype=dtype, memory_format=torch.channels_last)
+    x = obs.to(**layout).sub_(128)
+    for weight, bias, stride in zip(weights, biases, strides, strict=True):
+        x = F.relu(F.conv2d(x, weight.to(**layout), bias.to(x.dtype), stride))
+    return x.permute(0, 2, 3, 1).flatten(1)
+
+
+class ConvStack(torch.autograd.Function):
+    """`convolve` on a CPU in bf16: chunk by chunk through all layers, while a chunk is in the
+    cache, and with ReLU done as the products are written."""
+
+    chunk = 64  # images
+
+    @staticmethod
+    def forward(ctx, obs, strides, for_backward, *weights_and_biases):
+        """uint8 (B, C, H, W) less 128 goes in -> bf16 (B, repr_dim), flattened as it lies.
+
+        Without `for_backward` what each layer gave is forgotten as soon as the next has it.
+        """
+        layout = dict(dtype=torch.bfloat16, memory_format=torch.channels_last)
+        weights = [weight.to(**layout) for weight in weights_and_biases[:len(strides)]]
+        biases = [bias.bfloat16() for bias in weights_and_biases[len(strides):]]
+        features, saved = [], []
+        for x in obs.split(ConvStack.chunk):
+            # In two steps, which together are faster than one that changes type and order at once.
+            x = (x ^ 128).view(torch.int8).bfloat16().contiguous(memory_format=torch.channels_last)
+            for weight, bias, stride in zip(weights, biases, strides, strict=True):
+                if for_backward:
+                    saved.append(x)
+                x = torch.ops.mkldnn._convolution_pointwise(
+                    x, weight, bias, [0, 0], [stride] * 2, [1, 1], 1, 'relu', [], None)
+            x = x.permute(0, 2, 3, 1)
+            features.append(x.flatten(1))
+        features = torch.cat(features)
+        ctx.save_for_backward(features, *weights, *saved)
+        ctx.strides, ctx.shape = strides, x.shape[1:]
+        return features
+
+    @staticmethod
+    def backward(ctx, grad):
+        depth = len(ctx.strides)
+        features, *saved = ctx.saved_tensors
+        weights, saved = saved[:depth], saved[depth:]
+        sums = [0.0] * (2 * depth)  # of weights and biases, in fp32
+        inputs = [saved[i:i + depth] for i in range(0, len(saved), depth)]
+        outputs, grads = (x.split(ConvStack.chunk) for x in (features, grad))
+        for xs, *ends in zip(inputs, outputs, grads, strict=True):
+            x, x_grad = (end.unflatten(1, ctx.shape).permute(0, 3, 1, 2) for end in ends)
+            for i in reversed(range(depth)):
+                x_grad = torch.ops.aten.threshold_backward(x_grad, x, 0)
+                x = xs[i]
+                x_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
+                    x_grad, x, weights[i], [len(weights[i])], [ctx.strides[i]] * 2, [0, 0],
+                    [1, 1], False, [0, 0], 1, [i > 0, True, True])
+                sums[i] = sums[i] + weight_grad.float()
+                sums[depth + i] = sums[depth + i] + bias_grad.float()
+        return None, None, None, *sums

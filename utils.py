@@ -21,8 +21,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 
-FORMAT = 1  # of snapshots and datasets; raised when an older reader would misread them
-
+# ------------------------------------------------------------------------------------------- script
 
 class UserError(Exception):
     """Bad input: one sentence that says what is wrong, where, and how to mend it."""
@@ -84,16 +83,35 @@ def work_dir() -> Path:
 
 
 def command() -> str:
-    """What the running script was started, or last resumed, with, e.g. 'train.py task=reacher_hard
-    obs=states'; '' outside one."""
+    """The running script's command line, e.g. 'train.py task=reacher_hard obs=states'; '' outside
+    a script."""
     if not HydraConfig.initialized():
         return ''
     started = HydraConfig.get()
     return shlex.join([f'{started.job.name}.py', *started.overrides.task])
 
 
+def require_at_least(cfg, minimum: int, *keys: str):
+    """Raises: UserError naming the first of the config's `keys` that lies below `minimum`."""
+    for key in keys:
+        if type(cfg[key]) is not int or cfg[key] < minimum:
+            raise UserError(f'{key}={cfg[key]} is no whole number of at least {minimum}: set '
+                            f'{key}={minimum} or more.')
+
+
+def check_same_run(work_dir: Path, before: dict, now: dict):
+    """Raises: UserError naming what a run was started with that differs from what it has now."""
+    differs = [key for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key)]
+    if differs:
+        raise UserError(f"the run in {work_dir} was started with another {', '.join(differs)}: "
+                        'resume it with the same options and inputs, or start a new run.')
+
+
+# ------------------------------------------------------------------------------------------ process
+
 def machine() -> str:
-    """What computes here: the name of a GPU, or 'CPU, 2 threads', those of one operation."""
+    """The name of the GPU in use, or 'CPU, 2 threads' (those of one operation)."""
     if torch.cuda.is_initialized():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -111,36 +129,38 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def require_at_least(cfg, minimum: int, *keys: str):
-    """Raises: UserError naming the first of the config's `keys` that lies below `minimum`."""
-    for key in keys:
-        if type(cfg[key]) is not int or cfg[key] < minimum:
-            raise UserError(f'{key}={cfg[key]} is no whole number of at least {minimum}: set '
-                            f'{key}={minimum} or more.')
-
-
-def check_disk(folder: str | Path, num_bytes: int, what: str, remedy: str):
-    """Raises: UserError when the disk on which `folder` is, or will be, lacks the bytes."""
-    parent = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if num_bytes > free:
-        raise UserError(f'{what} in {folder} needs {num_bytes / 2**30:.1f} GiB and '
-                        f'{free / 2**30:.1f} GiB are free: {remedy}.')
-
-
 def set_seed_everywhere(seed: int):
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
+def derive_seed(*key: int) -> int:
+    """A 32-bit seed that is a pure function of `key`, e.g. (run seed, stream, episode)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def get_rng_states() -> dict:
+    """Of the generators that agents draw from."""
+    states = {'torch': torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states['cuda'] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_states(states: dict):
+    torch.set_rng_state(states['torch'])
+    if 'cuda' in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states['cuda'])
+
+
 def prepare_cpu():
-    """What training on a CPU wants of this process."""
-    # Second moments of gradients that fade away become denormal numbers, on which it works some
-    # times slower (the translator's step: 2.4 times).
+    """Set up this process for fast training on a CPU."""
+    # Second moments of fading gradients become denormal numbers, with which a CPU is several times
+    # slower (the translator's step: 2.4 times).
     torch.set_flush_denormal(True)
-    # glibc gives large blocks back to the system when they are freed, and the next one comes back
-    # page fault by page fault (DrQ-v2's update: 1.3 times slower). Other C libraries ignore this.
+    # glibc returns large freed blocks to the system, and getting the next one costs page faults
+    # (DrQ-v2's update: 1.3 times slower). Other C libraries ignore this.
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt:
         m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
@@ -152,8 +172,8 @@ PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 
 
 def set_precision(name: str):
-    """Of this process's products of fp32 matrices: 'fp32', or 'bf16' for factors rounded to bf16
-    (on CUDA to TF32) and sums in fp32.
+    """Set how this process multiplies fp32 matrices: 'fp32' exactly; 'bf16' with factors rounded to
+    bf16 (to TF32 on CUDA) and sums in fp32.
 
     Raises: UserError for another name.
     """
@@ -165,9 +185,23 @@ def set_precision(name: str):
     torch.backends.cudnn.conv.fp32_precision = 'tf32' if fast else 'ieee'
 
 
-def derive_seed(*key: int) -> int:
-    """A 32-bit seed that is a pure function of `key`, e.g. (run seed, stream, episode)."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+# ------------------------------------------------------------------------------- schedules and time
+
+def schedule(spec: str | float, step: int) -> float:
+    """A number, or 'linear(start,end,duration)' over agent steps, as in DrQ-v2."""
+    try:
+        return float(spec)
+    except (TypeError, ValueError):
+        match = re.fullmatch(r'linear\((.+)\)', str(spec).replace(' ', ''))
+    try:
+        start, end, duration = map(float, match[1].split(','))
+        if not duration > 0:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(f"schedule '{spec}' is neither a number nor 'linear(start,end,duration)', "
+                        'of numbers and with a duration above 0.') from None
+    mix = min(max(step / duration, 0.0), 1.0)
+    return (1.0 - mix) * start + mix * end
 
 
 class Until:
@@ -209,32 +243,15 @@ class Timer:
         return time.monotonic() - self._start
 
 
-def schedule(spec: str | float, step: int) -> float:
-    """A number, or 'linear(start,end,duration)' over agent steps, as in DrQ-v2."""
-    try:
-        return float(spec)
-    except (TypeError, ValueError):
-        match = re.fullmatch(r'linear\((.+)\)', str(spec).replace(' ', ''))
-    try:
-        start, end, duration = map(float, match[1].split(','))
-        if not duration > 0:
-            raise ValueError
-    except (TypeError, ValueError):
-        raise UserError(f"schedule '{spec}' is neither a number nor 'linear(start,end,duration)', "
-                        'of numbers and with a duration above 0.') from None
-    mix = min(max(step / duration, 0.0), 1.0)
-    return (1.0 - mix) * start + mix * end
+# -------------------------------------------------------------------------------------------- files
 
-
-def sha256(snapshot: str | Path) -> str:
-    with open(newest_snapshot(snapshot), 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of the packages on which pixels, physics and weights depend."""
-    return {name: importlib.metadata.version(name)
-            for name in ('torch', 'mujoco', 'dm_control', 'numpy')}
+def check_disk(folder: str | Path, num_bytes: int, what: str, remedy: str):
+    """Raises: UserError when the disk on which `folder` is, or will be, lacks the bytes."""
+    parent = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if num_bytes > free:
+        raise UserError(f'{what} in {folder} needs {num_bytes / 2**30:.1f} GiB and '
+                        f'{free / 2**30:.1f} GiB are free: {remedy}.')
 
 
 @contextlib.contextmanager
@@ -253,18 +270,35 @@ def atomic_write(path: str | Path):
         tmp.unlink(missing_ok=True)
 
 
-def get_rng_states() -> dict:
-    """Of the generators that agents draw from."""
-    states = {'torch': torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states['cuda'] = torch.cuda.get_rng_state()
-    return states
+def sha256(snapshot: str | Path) -> str:
+    with open(newest_snapshot(snapshot), 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def set_rng_states(states: dict):
-    torch.set_rng_state(states['torch'])
-    if 'cuda' in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states['cuda'])
+def versions() -> dict[str, str]:
+    """Of the packages on which pixels, physics and weights depend."""
+    return {name: importlib.metadata.version(name)
+            for name in ('torch', 'mujoco', 'dm_control', 'numpy')}
+
+
+def require_same_pictures(source: str | Path, there: dict, quality: list | None, here: list,
+                          remedy: str):
+    """Raises: UserError where `source` comes from pictures that are drawn otherwise than here.
+
+    Args:
+      there: `versions()` as they were there.
+      quality: `dmc.QUALITY` or `dmc.CONTEXT_QUALITY` as it was there; `here`: as it is here.
+    """
+    for what, before, now in (('MuJoCo', there['mujoco'], versions()['mujoco']),
+                              ('quality', quality, here)):
+        if before != now:
+            raise UserError(f'{source} comes from pictures of {what} {before}, which is drawn '
+                            f'otherwise than {now}: {remedy}.')
+
+
+# ---------------------------------------------------------------------------------------- snapshots
+
+FORMAT = 1  # of snapshots and datasets; raised when an older reader would misread them
 
 
 def save_snapshot(path: str | Path, kind: str, task: str, payload: dict):
@@ -314,30 +348,6 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
     if task is not None and payload['task'] != task:
         raise UserError(f"{found} is for task {payload['task']}, not {task}: {remedy}.")
     return payload
-
-
-def require_same_pictures(source: str | Path, there: dict, quality: list | None, here: list,
-                          remedy: str):
-    """Raises: UserError where `source` comes from pictures that are drawn otherwise than here.
-
-    Args:
-      there: `versions()` as they were there.
-      quality: `dmc.QUALITY` or `dmc.CONTEXT_QUALITY` as it was there; `here`: as it is here.
-    """
-    for what, before, now in (('MuJoCo', there['mujoco'], versions()['mujoco']),
-                              ('quality', quality, here)):
-        if before != now:
-            raise UserError(f'{source} comes from pictures of {what} {before}, which is drawn '
-                            f'otherwise than {now}: {remedy}.')
-
-
-def check_same_run(work_dir: Path, before: dict, now: dict):
-    """Raises: UserError naming what a run was started with that differs from what it has now."""
-    differs = [key for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key)]
-    if differs:
-        raise UserError(f"the run in {work_dir} was started with another {', '.join(differs)}: "
-                        'resume it with the same options and inputs, or start a new run.')
 
 
 def slim(source: str | Path, target: str | Path):
