@@ -27,7 +27,7 @@ def check_settings(cfg):
     """Raises: UserError for numbers with which there is no run."""
     utils.require_at_least(cfg, 0, 'seed')
     utils.require_at_least(cfg, 1, 'num_train_frames', 'batch_size', 'nstep', 'num_eval_episodes',
-                           'snapshot_every_frames', 'frame_stack')
+                           'snapshot_every_frames')
     utils.require_at_least(cfg, 2, 'replay_buffer_size')  # one transition
 
 
@@ -112,7 +112,7 @@ class Workspace:
         self.timer = utils.Timer(self.elapsed)
         self.logger = Logger(work_dir, total=cfg.num_train_frames, resume_step=self.global_frame,
                              use_tb=cfg.use_tb)
-        self.video = VideoRecorder(work_dir if cfg.save_video else None, cfg.video_size)
+        self.video = VideoRecorder(work_dir if cfg.save_video else None)
 
     @property
     def global_frame(self) -> int:
@@ -269,6 +269,7 @@ def env_args(cfg) -> dict:
 def make_workspace(cfg, work_dir: Path) -> Workspace:
     check_settings(cfg)
     check_action_repeat(cfg)
+    utils.require_at_least(cfg, 1, 'frame_stack')
     train_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     eval_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     if cfg.obs == 'pixels' or cfg.save_video:

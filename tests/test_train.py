@@ -24,7 +24,7 @@ CFG = OmegaConf.create(dict(
     task_name='fake_walk', seed=1, device='cpu', use_tb=False, num_train_frames=400,
     action_repeat=2, frame_stack=3, discount=0.99, nstep=3, batch_size=16, num_seed_frames=60,
     replay_buffer_size=1000, eval_every_frames=100, num_eval_episodes=2, save_video=False,
-    video_size=32, log_every_frames=40, snapshot_every_frames=120))
+    log_every_frames=40, snapshot_every_frames=120))
 
 
 class Killed(Exception):
