@@ -1,4 +1,6 @@
 """Environments and demonstrations whose every number a test can work out by hand."""
+import csv
+from pathlib import Path
 from types import SimpleNamespace
 
 import dm_env
@@ -7,6 +9,19 @@ import torch
 from dm_env import specs
 
 from ac_agent import Translation
+
+CFGS = Path(__file__).parent.parent / 'cfgs'
+
+
+class Killed(Exception):
+    """Raised in the middle of a run, as if it had been killed there."""
+
+
+def rows(path):
+    """Of a run's CSV, without what differs from run to run."""
+    with open(path) as file:
+        return [{key: value for key, value in row.items() if key not in ('total_time', 'fps')}
+                for row in csv.DictReader(file)]
 
 
 class FakeEnv(dm_env.Environment):

@@ -1,9 +1,9 @@
 """Every script composes with every task, and task files stay a few lines."""
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from fakes import CFGS
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
@@ -12,7 +12,6 @@ import dmc
 import train_ac
 import utils
 
-CFGS = Path(__file__).parent.parent / 'cfgs'
 TIERS = {'easy': (1_100_000, 100_000), 'medium': (3_100_000, 500_000),
          'hard': (30_100_000, 2_000_000)}
 FILES = sorted(path.stem for path in (CFGS / 'task').glob('*.yaml') if path.stem not in TIERS)

@@ -8,6 +8,7 @@ import numpy as np
 import plain
 import pytest
 from absl.testing import absltest, parameterized
+from dm_control import suite
 from dm_env import StepType, TimeStep, test_utils
 
 import contexts
@@ -26,9 +27,8 @@ class Contract(test_utils.EnvironmentTestMixin, parameterized.TestCase):
 
 class PixelsContract(Contract):
     def make_object_under_test(self):
-        env = dmc.make('cartpole_balance', im_size=16)
-        env._env._env._env._step_limit = 12  # a short episode: each frame is rendered
-        return env
+        short = suite.load('cartpole', 'balance', {'time_limit': 0.12})  # each frame is rendered
+        return dmc.Pixels(dmc.ActionRepeat(dmc.SuiteEpisodes(short, 0), 2), 16, 3)
 
     def make_action_sequence(self):
         for _ in range(8):

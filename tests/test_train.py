@@ -1,4 +1,3 @@
-import csv
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes import FakeEnv
+from fakes import FakeEnv, Killed, rows
 from omegaconf import OmegaConf
 
 import train
@@ -25,10 +24,6 @@ CFG = OmegaConf.create(dict(
     action_repeat=2, frame_stack=3, discount=0.99, nstep=3, batch_size=16, num_seed_frames=60,
     replay_buffer_size=1000, eval_every_frames=100, num_eval_episodes=2, save_video=False,
     log_every_frames=40, snapshot_every_frames=120))
-
-
-class Killed(Exception):
-    pass
 
 
 class DyingEnv(FakeEnv):
@@ -59,12 +54,6 @@ def weights(work_dir, kind='expert'):
     agent = utils.load_snapshot(work_dir / 'snapshot.pt', kind)['agent']
     return {f'{part}.{name}': value for part in ('encoder', 'actor', 'critic', 'critic_target')
             for name, value in agent[part].items()}
-
-
-def rows(path):
-    with open(path) as file:
-        return [{key: value for key, value in row.items() if key not in ('total_time', 'fps')}
-                for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize('pixels, changes', [

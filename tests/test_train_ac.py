@@ -4,10 +4,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fakes import CFGS, Killed, rows
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_cfgs import CFGS
-from test_train import Killed, rows
 
 import contexts
 import dmc

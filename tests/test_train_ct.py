@@ -1,12 +1,11 @@
-import csv
 import itertools
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fakes import CFGS, Killed, rows
 from hydra import compose, initialize_config_dir
 
 import dmc
@@ -17,7 +16,6 @@ from train_ct import FeatureWindows, PairSampler, PoseProbe, ssim_map, train
 from utils import UserError
 
 SIZE, LENGTH = 16, 9
-CFGS = Path(__file__).parent.parent / 'cfgs'
 
 
 def film(root, split='train', num_episodes=5, num_contexts=3, seed=0, pose_seed=0):
@@ -75,8 +73,9 @@ def config(data, *overrides, recipe='liu2017'):
 
 
 def sampler(data, pairs='same_episode', **changes):
-    options = dict(frames_per_clip=4, augment_mirror=False, augment_colours=False, seed=1)
-    return PairSampler(video.Clips(data / 'train'), pairs, **{**options, **changes})
+    options = dict(clips=video.Clips(data / 'train'), frames_per_clip=4, augment_mirror=False,
+                   augment_colours=False, seed=1)
+    return PairSampler(pairs=pairs, **{**options, **changes})
 
 
 def labels(frames):
@@ -151,16 +150,6 @@ def test_mirrored_pairs_are_mirrored_whole_and_half_of_them(data):
         for pair, true in zip(pairs, truth, strict=True):
             assert np.array_equal(pair, true[..., ::-1, :] if flips[-1] else true)
     assert 10 < sum(flips) < 30
-
-
-class Killed(Exception):
-    pass
-
-
-def rows(path):
-    with open(path) as file:
-        return [{key: value for key, value in row.items() if key != 'total_time'}
-                for row in csv.DictReader(file)]
 
 
 @pytest.fixture
@@ -360,10 +349,11 @@ def test_what_a_run_leaves(data, tmp_path):
 
 
 def test_frames_that_change_are_drawn_more_often(data):
-    pairs = sampler(data, frames_per_clip=1)
+    clips = video.Clips(data / 'train')
     still = np.zeros((3, LENGTH + 1, SIZE, SIZE, 3), np.uint8)
     still[:, 2:] = 9  # at frame 2 all changes, and nothing else ever
-    pairs._clips.frames = lambda i: still
+    clips.frames = lambda i: still
+    pairs = sampler(data, clips=clips, frames_per_clip=1)
     drawn = np.bincount([int(pairs.draw()[4][0]) for _ in range(600)], minlength=LENGTH + 1) / 600
     assert abs(drawn[2] - (0.5 + 0.05)) < 0.08
     assert (drawn > 0.01).all()
