@@ -5,6 +5,7 @@ demonstration, translated into the agent's surroundings, would look like.
 """
 import copy
 from collections import deque
+from pathlib import Path
 from typing import NamedTuple
 
 import dm_env
@@ -19,6 +20,7 @@ import utils
 import video
 from ct_model import ContextTranslator, mlp, to_uint8
 from drqv2 import DrQV2Agent
+from utils import UserError
 
 
 class Layout(NamedTuple):
@@ -63,7 +65,7 @@ def moments(episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, offset
 class Reward(NamedTuple):
     """How a distance to the target is rewarded; used by the environment and by relabelling.
 
-    With `scale` s it is (t/T)^time_power * exp(-d / s), in [0, 1]: beyond a few s, far is just far
+    With `scale` s it is (t/T)^time_power * exp(-d / s), in [0, 1]: beyond a few s it is about 0
     (Peng et al. 2018, section 5). Without one it is -(t/T)^time_power * d (Liu et al. 2017, section
     V, where time_power is 2).
     """
@@ -85,12 +87,35 @@ class Translation(NamedTuple):
     images: np.ndarray | None
 
 
+def load_translator(path: str | Path, task_name: str, recipe: str, device: torch.device,
+                    precision: str) -> tuple[ContextTranslator, dict[str, float]]:
+    """-> a translator, ready to answer, and its scores.
+
+    Raises: UserError where it is missing, was made of other pictures or by another recipe.
+    """
+    retrain = f'python train_ct.py task={task_name}'
+    made = utils.load_snapshot(path, 'translator', task_name, remedy=retrain)
+    utils.require_same_pictures(path, made['made_by']['videos'], made['made_by'].get('quality'),
+                                dmc.CONTEXT_QUALITY, retrain)
+    model = ContextTranslator(**made['model_args'])
+    if (model.code is None) != (recipe == 'liu2017'):
+        raise UserError(f"{path} has {'no' if model.code is None else 'a'} pose code: set "
+                        f"recipe={'liu2017' if model.code is None else 'pose_code'}, or {retrain} "
+                        f'recipe={recipe}.')
+    scores = made.get('scores', {})
+    if model.code and 'agreement' not in scores:
+        raise UserError(f'{path} has a pose code that was not fitted to the end: go on with that '
+                        f'run, {retrain} hydra.run.dir={Path(path).parent}.')
+    model.load_state_dict(made['model'])
+    return model.only_answer(device, utils.PRECISIONS[precision]), scores
+
+
 class Demonstrations:
     """Videos, and the translator at work on them; each is encoded once, when first needed.
 
-    Features have zero mean and unit variance. A translator's code is the same in every context, so
-    a source's codes are already the target's. The paper's wide features go through T, and are all
-    brought to one scale.
+    Features have zero mean and unit variance. With a pose code, which is the same in every context,
+    the features of a translation are the source's own codes. Without one (the paper's recipe), they
+    are z3 = T(z1, z2), shifted by their mean and divided by one standard deviation.
     """
 
     def __init__(self, model: ContextTranslator, clips: video.Clips,
@@ -172,16 +197,19 @@ class Demonstrations:
 
 
 class Imitation(dmc.Wrapper):
-    """Imitation as an environment: at reset a demonstrated episode is drawn, and one of the
-    contexts that it was filmed in becomes the agent's. The agent starts where the expert started.
-    The videos in the other contexts are translated into the agent's, from its first image on.
+    """Imitation as an environment: the agent tracks a translated demonstration.
+
+    `reset` draws a demonstrated episode and one of the contexts in which it was filmed. The agent
+    starts from the expert's initial state, in that context. The episode's videos in the other
+    contexts are translated into it, given the agent's first image. `start_seed` is the seed of the
+    task's own reset.
 
     Observation: see `Layout`. Reward: see `Reward`; the distance is w_feature |z_t - z*_t|^2 +
       w_img |o_t - o*_t|^2 of features and images, each a mean over elements in units of their
       variance.
-    Horizon: the demonstration ends at step T, and with it the sum to be maximised: there is
-      nothing left to bootstrap from, so the discount of that step is 0. The clock is in the
-      observation, without which the value of a state would not be defined (Pardo et al. 2018).
+    Horizon: the episode ends with the demonstration, at step T, with discount 0: there is no value
+      to bootstrap from. The observation contains the time left, since the value depends on it
+      (Pardo et al. 2018).
 
     The reward of the task itself is hidden. With `evaluate`, its sum stands in `episode_info`
     beside the expert's and a random policy's in the same episode, and the translation's PSNR
@@ -216,8 +244,8 @@ class Imitation(dmc.Wrapper):
         self.episode_info = {}
         if self._evaluate:
             random_return = self._random_return(demo['episode_seed'])
-        self._env.reset(episode_seed=demo['episode_seed'],
-                        context=np.asarray(demo['contexts'][own]))
+        self.start_seed = demo['episode_seed']  # of the task's own reset
+        self._env.reset(episode_seed=self.start_seed, context=np.asarray(demo['contexts'][own]))
         self._frame = self._env.render(self._im_size)
         self._translation = self._demos.translate(
             i, sources, self._frame, images=bool(self._w_img or self._evaluate))
@@ -279,6 +307,14 @@ class Imitation(dmc.Wrapper):
                 'imitator, target context': self._frame}
 
 
+def make_env(demos: Demonstrations, layout: Layout, reward: Reward, w_feature: float = 1.0,
+             w_img: float = 0.0, evaluate: bool = False) -> Imitation:
+    """Make the task that was filmed, with its scenery and action repeat, an `Imitation`."""
+    meta = demos.clips.meta
+    env = dmc.ActionRepeat(dmc.load_suite(meta['task'], meta['scenery']), meta['action_repeat'])
+    return Imitation(env, demos, layout, reward, meta['im_size'], w_feature, w_img, evaluate)
+
+
 class TrackingEncoder(nn.Module):
     """The observation, seen from the agent's present: (B, n) -> (B, n).
 
@@ -302,6 +338,16 @@ class Play(NamedTuple):
 
     features: torch.Tensor
     actions: torch.Tensor
+
+
+def encode_play(model: ContextTranslator, clips: video.Clips, scale: tuple[list, float]) -> Play:
+    """Encode a split of play.
+
+    Args:
+      scale: that of the demonstrations, see `Demonstrations`.
+    """
+    actions = np.array([clips.episode(i)['actions'] for i in range(len(clips))], np.float32)
+    return Play(Demonstrations(model, clips, scale).features(), torch.from_numpy(actions))
 
 
 class ACAgent(DrQV2Agent):
@@ -371,7 +417,7 @@ class ACAgent(DrQV2Agent):
 
     def load_state_dict(self, state: dict):
         if self._w_clone and 'policy' not in state:
-            raise utils.UserError('this imitator was made by an earlier version: start a new run.')
+            raise UserError('this imitator was made by an earlier version: start a new run.')
         super().load_state_dict(state)
         self._num_updates = state.get('num_updates', 0)
 
@@ -465,7 +511,7 @@ class ACAgent(DrQV2Agent):
     # --------------------------------------------------------------------------------- critic
 
     def _ends(self, batch_size: int) -> tuple[int, int]:
-        """The first n of a batch are relabelled, those up to m seen in hindsight."""
+        """Return n, m: rows [0, n) of a batch are relabelled, rows [n, m) get hindsight targets."""
         n = round(self._relabel * batch_size)
         return n, n + round(self._hindsight * batch_size)
 
@@ -507,6 +553,38 @@ class ACAgent(DrQV2Agent):
 
 
 def action_loss(predicted: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-    """Absolute error, squared below 0.1: experts often act at the bounds, and a squared error would
-    blur where they switch."""
+    """Return the Huber loss, 0-d: absolute error, squared below 0.1. Experts often act at the
+    bounds, and a squared error would blur where they switch."""
     return F.smooth_l1_loss(predicted, action, beta=0.1)
+
+
+def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, task_name: str
+                  ) -> tuple[Imitation, ACAgent]:
+    """-> an imitator's environment with these demonstrations, and the imitator, to act on the CPU.
+
+    Args:
+      path: its snapshot; translator: the one that it was trained with.
+      videos: the split to imitate.
+
+    Raises: UserError where one of them is missing, or they do not go together.
+    """
+    made = utils.load_snapshot(path, 'imitator', task_name,
+                               remedy=f'python train_ac.py task={task_name}')
+    args, made_by = made['agent_args'], made['made_by']
+    model, _ = load_translator(translator, task_name, made_by['recipe'], torch.device('cpu'),
+                               args['precision'])
+    if utils.sha256(translator) != made_by['translator_sha256']:
+        raise UserError(f'{path} was trained with another translator than {translator}: set '
+                        'translator to that one.')
+    clips = video.Clips(videos, task_name, model.im_size, dmc.CONTEXT_QUALITY)
+    for key, least in (('action_repeat', made_by['action_repeat']), ('num_contexts', 2)):
+        if clips.meta[key] < least or key == 'action_repeat' and clips.meta[key] != least:
+            raise UserError(f'{videos} was filmed with {key}={clips.meta[key]}, and {path} takes '
+                            f'{least}: choose another imitator, or film anew.')
+    layout = Layout(model.feature_dim, args['num_frames'], tuple(args['lookahead']))
+    env = make_env(Demonstrations(model, clips, made_by['scale']), layout,
+                   Reward(args['reward_scale'], args['time_power']), args['w_feature'],
+                   made_by['w_img'])
+    agent = ACAgent(**args, device='cpu')
+    agent.load_state_dict(made['agent'])
+    return env, agent

@@ -3,10 +3,10 @@
 A context is a float64 vector (DIM,) of uniforms in [0, 1), with one layout for every task; the
 `scenery` config says which factors are on and over what range each number is laid.
 
-`look` works out what a context means for a model, and is pure. `Painter` shows it: colours and
-textures are painted on the compiled model while a frame is drawn, and taken off bit for bit. Light,
-the camera's offset and the distractor shapes go into the renderer's scene only: what the model
-never holds can disturb no physics, and nothing has to be known of a task's XML.
+`look` works out what a context means for a model, and is pure. `Painter` applies it: it changes the
+model's colours and textures only while a frame is drawn, and restores them bit for bit. Light,
+camera offset and distractors are added to the renderer's scene only, so they cannot affect the
+physics, and no knowledge of a task's XML is needed.
 """
 import colorsys
 import contextlib
@@ -22,8 +22,8 @@ from utils import UserError
 Split = Literal['seen', 'held_out']
 
 MAX_DISTRACTORS, DISTRACTOR_SLOTS = 4, 10
-# Factor -> number of its slots, and its ranges in the config. A factor's first slot is its key:
-# from the keys the split of a context is read.
+# Factor -> number of its slots, and its ranges in the config. A factor's first slot is its key;
+# the keys determine the split of a context.
 FACTORS: dict[str, tuple[int, tuple[str, ...]]] = {
     'body': (6, ('saturation', 'value')),
     'target': (3, ('saturation', 'value')),
@@ -53,10 +53,16 @@ SHAPES = GEOM.mjGEOM_BOX, GEOM.mjGEOM_SPHERE, GEOM.mjGEOM_CYLINDER, GEOM.mjGEOM_
 
 
 class Scenery:
-    """The `scenery` config, checked: which factors are on, and their ranges."""
+    """The `scenery` config, checked.
+
+    Attributes:
+      names: the factors that are on, in the order of FACTORS.
+      ranges: (factor, key) -> (low, high).
+    """
 
     def __init__(self, config: Mapping[str, Any]):
-        """Raises: UserError where it is not laid out as in cfgs/base.yaml, or all of it is off."""
+        """Raises: UserError where it is not laid out as in cfgs/generate_expert_video.yaml, or all
+        of it is off."""
         for name, factor in config.items():
             if name not in FACTORS:
                 raise UserError(f'scenery.{name} is unknown: take one of {", ".join(FACTORS)}.')
@@ -76,8 +82,8 @@ class Scenery:
     @staticmethod
     def _range(name: str, key: str, span) -> tuple[float, float]:
         least, most = LIMITS.get(key, (-np.inf, np.inf))
-        if not isinstance(span, Sequence) or isinstance(span, str) or len(span) != 2 or not (
-                least <= span[0] <= span[1] <= most):
+        numbers = isinstance(span, Sequence) and [isinstance(x, int | float) for x in span]
+        if numbers != [True, True] or not least <= span[0] <= span[1] <= most:
             raise UserError(f'scenery.{name}.{key}={span} is no range within [{least}, {most}]:'
                             f' set scenery.{name}.{key}=[low,high].')
         return tuple(span)
@@ -104,12 +110,12 @@ class Scenery:
         return context
 
     def lay(self, factor: str, key: str, uniform):
-        """A number in [0, 1), laid over the key's range."""
+        """Scale numbers in [0, 1) (a float or an array) to the range of a factor's key."""
         low, high = self.ranges[factor, key]
         return low + uniform * (high - low)
 
     def colour(self, factor: str, hue: float, saturation: float, value: float) -> np.ndarray:
-        """-> RGB (3,) in [0, 1]; saturation and value are laid over their ranges."""
+        """-> RGB (3,) in [0, 1]; saturation and value in [0, 1) are scaled to their ranges."""
         return np.array(colorsys.hsv_to_rgb(hue, self.lay(factor, 'saturation', saturation),
                                             self.lay(factor, 'value', value)))
 
@@ -133,16 +139,18 @@ class Look(NamedTuple):
 
 
 class Stage:
-    """A model as contexts see it, measured once: what there is to paint, and the camera's view.
+    """What `look` needs to know of a model, measured once: its parts to paint, and its camera.
 
     Attributes:
-      parts: for geoms, sites and skins: the model's array of colours, the rows to paint, and the
-        colour group of each.
-      textures: ids of the floor's and the sky's, none where the factor is off.
-      eye (3,), axes (3, 3), columns right, up, back: the camera's pose in the model's first
-        position. Not in the first frame: a picture depends on state and context alone.
-      half_view: the tangent of half the field of view; depth: the distance to what moves.
-      floor: its height; tiles: how often its texture is repeated within a metre, beyond once.
+      parts: for geoms, sites and skins: the model's own array of colours (n, 4), the rows to paint,
+        and the colour group of each row.
+      textures: 'floor' and 'sky' -> texture ids; empty where the factor is off.
+      eye, axes: the camera's position (3,) and axes (3, 3), columns right, up, back, in the model's
+        initial pose, so that a picture depends on state and context alone.
+      half_view: tangent of half the field of view.
+      depth: distance from the camera to what moves, metres.
+      floor: height of the floor, metres; -inf without one.
+      tiles: how often the pattern repeats within one texture: 1, 2, 4 or 8.
     """
 
     def __init__(self, model: mujoco.MjModel, factors: Sequence[str], camera_id: int):
@@ -189,14 +197,16 @@ class Stage:
         self.tiles = 2 ** int(np.clip(np.round(np.log2(2.5 / width)), 0, 3))
 
     def cast(self, spot: np.ndarray) -> tuple[np.ndarray, float]:
-        """The ray through a spot of the picture (border: 1) per unit of depth, and its depth at
-        the floor."""
+        """Cast a ray from the camera through a point (2,) of the picture, whose edges are at -1, 1.
+
+        Returns: the ray (3,) per unit of depth, and the depth at which it meets the floor, or inf.
+        """
         ray = self.axes @ [*(self.half_view * spot), -1]
         return ray, (self.floor - self.eye[2]) / ray[2] if ray[2] < 0 else np.inf
 
 
 def look(context: np.ndarray, scenery: Scenery, stage: Stage) -> Look:
-    """What a context means on a stage."""
+    """Work out what a context means on a stage."""
     slots = {name: context[SLOTS[name]] for name in scenery.names}
     hues = spread_hues(slots)
     colours = np.zeros((4, 3))
@@ -236,9 +246,9 @@ def look(context: np.ndarray, scenery: Scenery, stage: Stage) -> Look:
 
 def place_distractors(slots: np.ndarray, hues: Mapping[str, float], scenery: Scenery,
                       stage: Stage) -> list[Distractor]:
-    """One near each corner of the picture, for in its middle, and to its sides, things happen.
+    """Place distractors near the corners of the picture, away from where the body moves.
 
-    They float behind the body, or stand on the floor where the view meets that first.
+    They float behind the body, or stand on the floor where the ray meets the floor first.
     """
     low, high = scenery.ranges['distractors', 'count']
     count, first = int(low + slots[1] * (high - low + 1)), int(4 * slots[2])
@@ -297,9 +307,9 @@ def spread_hues(slots: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def hue_apart(uniform: float, taken: Iterable[float], gap: float) -> float:
-    """A hue at least `gap` from all that are taken: `uniform` in [0, 1), laid over what is free.
+    """Map `uniform` in [0, 1) to a hue at least `gap` away from every hue in `taken`.
 
-    Something is free for any n hues taken where gap < 1 / (2 * n).
+    Hues are in [0, 1) and wrap around. With n hues taken, this needs gap < 1 / (2 * n).
     """
     taken = sorted(taken)
     if not taken:
@@ -314,6 +324,7 @@ def hue_apart(uniform: float, taken: Iterable[float], gap: float) -> float:
 
 
 def rotation(axis: list[float], degrees: float) -> np.ndarray:
+    """Return the matrix (3, 3) that turns by `degrees` about `axis` (3,)."""
     quaternion, matrix = np.empty(4), np.empty(9)
     mujoco.mju_axisAngle2Quat(quaternion, axis, np.deg2rad(degrees))
     mujoco.mju_quat2Mat(matrix, quaternion)
@@ -330,7 +341,7 @@ class Painter:
     """
 
     def __init__(self, model: mujoco.MjModel, scenery: Mapping[str, Any], camera_id: int):
-        """Raises: UserError for a scenery that is not laid out as in cfgs/base.yaml."""
+        """Raises: UserError for a bad scenery, see `Scenery`."""
         scenery = Scenery(scenery)
         self._model, self._stage = model, Stage(model, scenery.names, camera_id)
         self._cached_look = functools.lru_cache(maxsize=256)(

@@ -47,8 +47,8 @@ def leaky(x: torch.Tensor) -> torch.Tensor:
 def initialise(module: nn.Module):
     """He et al. 2015: activations keep their scale through all layers.
 
-    With PyTorch's own initialisation features start at a variance of 1e-4, and in 900
-    steps nothing came to pass through them: all images come out alike.
+    With PyTorch's default, features start at a variance of 1e-4 and had learnt nothing after 900
+    steps: all outputs were alike.
     """
     if isinstance(module, nn.ConvTranspose2d):  # 1 in stride^2 of the kernel meets an output pixel
         fan_in = module.weight[:, 0].numel() / module.stride[0] ** 2
@@ -280,7 +280,7 @@ class PoseCode(nn.Module):
 
 
 class Context(NamedTuple):
-    """Of N clips' first frames: Enc2's z2 (N, z_dim), its maps of each level, the frames."""
+    """The context of N clips: Enc2's z2 (N, z_dim), its maps of each level, the first frames."""
 
     z2: torch.Tensor
     skips: list[torch.Tensor]

@@ -38,13 +38,13 @@ with exit_on_user_error():  # every script imports this module before it could c
         import numpy as np
         from dm_control import suite  # these read MUJOCO_GL
         from dm_env import specs
-
-        import contexts
     except (RuntimeError, AttributeError, ImportError) as error:
         if isinstance(error, ModuleNotFoundError):
             raise
         raise UserError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work here: unset it, or "
                         'apt-get install libegl1 libgl1-mesa-dri.') from error
+
+import contexts  # noqa: E402  it imports mujoco
 
 # The suite's 2048 costs three times the frame, for a difference of 0.02/255 (reacher) to 0.05/255
 # (finger).
@@ -129,7 +129,7 @@ class Camera:
 
 
 class Wrapper(dm_env.Environment):
-    """Delegates everything that a subclass does not take on."""
+    """A wrapper that delegates to `env` everything that a subclass does not override."""
 
     def __init__(self, env: dm_env.Environment):
         self._env = env

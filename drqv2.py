@@ -18,7 +18,7 @@ def random_shift(obs: torch.Tensor, pad: int = 4) -> torch.Tensor:
     Args:
       obs: uint8 (B, C, H, W). -> the same shape and dtype.
 
-    The reference samples bilinearly at what are whole pixels but for rounding; here they are.
+    The reference interpolates bilinearly at whole pixels, up to rounding; here pixels are copied.
     """
     batch, _, height, width = obs.shape
     shift = torch.randint(0, 2 * pad + 1, (2, batch, 1), device=obs.device) - pad
@@ -53,8 +53,8 @@ class TruncatedNormal(Normal):
 class Encoder(nn.Module):
     """uint8 pixels (B, C, H, W) -> (B, repr_dim), 39,200 at 84 px; flat states pass unchanged.
 
-    Features are flattened with channels innermost, so their order is not the published one, to
-    which no layer attends.
+    Features are flattened with channels innermost. The published order differs, which the layers
+    after it do not mind.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], precision: str = 'fp32'):
@@ -94,10 +94,10 @@ class Projection(nn.Linear):
 
 
 def trunk(repr_dim: int, feature_dim: int | None) -> nn.Module:
-    """The bottleneck behind an encoder of images; None, for flat states, is none at all.
+    """Return DrQ-v2's bottleneck for image features, or the identity where `feature_dim` is None.
 
-    Its LayerNorm forgets the scale of its input, which in pixels means contrast but in states is
-    half of what there is to know: how far, how fast.
+    States get no bottleneck: its LayerNorm removes the input's scale, which is contrast in pixels
+    but distance and speed in states.
     """
     if feature_dim is None:
         return nn.Identity()
@@ -200,7 +200,7 @@ class DrQV2Agent:
         return {name: getattr(self, name).state_dict() for name in self._parts}
 
     def load_state_dict(self, state: dict):
-        """Of a whole snapshot, or of a slim one, with which it can act but not go on learning."""
+        """Load a full snapshot's state, or a slim one's, which suffices to act but not to train."""
         for name in self._parts:
             if name in state:
                 getattr(self, name).load_state_dict(state[name])
@@ -290,16 +290,16 @@ def convolve(obs: torch.Tensor, weights: list, biases: list, strides: list[int],
 
 
 class ConvStack(torch.autograd.Function):
-    """`convolve` on a CPU in bf16: chunk by chunk through all layers, while a chunk is in the
-    cache, and with ReLU done as the products are written."""
+    """`convolve` for a CPU in bf16: each chunk passes all layers while it is in the cache, and ReLU
+    is fused into the convolution."""
 
     chunk = 64  # images
 
     @staticmethod
     def forward(ctx, obs, strides, for_backward, *weights_and_biases):
-        """uint8 (B, C, H, W) less 128 goes in -> bf16 (B, repr_dim), flattened as it lies.
+        """uint8 (B, C, H, W) -> bf16 (B, repr_dim), flattened with channels innermost.
 
-        Without `for_backward` what each layer gave is forgotten as soon as the next has it.
+        Args: for_backward: whether to keep each layer's input for the backward pass.
         """
         layout = dict(dtype=torch.bfloat16, memory_format=torch.channels_last)
         weights = [weight.to(**layout) for weight in weights_and_biases[:len(strides)]]

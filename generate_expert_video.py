@@ -1,12 +1,13 @@
 """Film an expert in many visual contexts: python generate_expert_video.py task=reacher_hard
 
-Also films play: episodes of the agent's own actions, from which the translator learns how actions
-move what it sees. They are random, or those of an imitator (`imitator=ac_local/...`), who comes
-nearer to what is demonstrated. Demonstrations keep no actions; play does, since they are its own.
+Also films play: episodes of the agent's own actions, random or an imitator's with noise
+(`player=ac_local/.../snapshot.pt`), whose poses are nearer to the demonstrated ones. From play the
+translator learns how actions change what it sees. Only play stores its actions.
 
-The physics runs once for each episode and a camera for each context films it. Episode i's start,
-contexts and play are functions of (seed, split, i) alone, so the dataset is the same for any number
-of workers, and a generation that was interrupted, or is asked for more episodes, goes on.
+The physics runs once for each episode, and one camera for each context films it. Demonstrations and
+random play depend on (seed, split, i) alone, an imitator's play on the imitator as well. So the
+number of workers does not change the dataset, and an interrupted generation can go on or be
+extended.
 """
 import contextlib
 import fcntl
@@ -33,9 +34,9 @@ import dmc  # first: it chooses the OpenGL backend before anything imports mujoc
 import contexts
 import utils
 import video
+from ac_agent import load_imitator
 from drqv2 import DrQV2Agent
 from logger import Progress
-from train_ac import load_imitator
 from utils import UserError
 
 
@@ -116,8 +117,10 @@ class RandomPlay:
 
 
 class NoisyPlay:
-    """An imitator's actions with white noise, whose deviation, uniform in 0 to 0.6, is drawn for
-    the episode: play near to what is demonstrated."""
+    """An imitator's actions plus white noise, clipped to [-1, 1]: play near the demonstrations.
+
+    The noise's standard deviation is drawn once for each episode, uniformly in [0, 0.6].
+    """
 
     def __init__(self, agent, episode_seed: int):
         self._agent, self._rng = agent, np.random.default_rng(episode_seed)
@@ -136,11 +139,14 @@ def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: 
 
     Args:
       agent: an expert, which acts without noise, `RandomPlay` or `NoisyPlay`.
-      cameras: `render(context)` -> uint8 (H, W, 3), each with its own, so that textures are
-        uploaded once an episode; looks: their contexts.
+      cameras: one for each context, so that its textures are uploaded once an episode;
+        `render(context)` -> uint8 (H, W, 3).
+      looks: the cameras' contexts, float64 (DIM,) each.
 
     Returns: frames uint8 (C, episode_len + 1, H, W, 3), and what happened, in plain numbers:
       'rewards' and 'actions' of each step, 'qpos' of each frame.
+
+    Raises: UserError where the task ends the episode before `episode_len` steps.
     """
     frames, rewards, actions, qpos = [], [], [], []
     time_step = env.reset(episode_seed=episode_seed)
@@ -156,6 +162,14 @@ def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: 
         time_step = env.step(action)
         actions.append(np.asarray(action).tolist())
         rewards.append(float(time_step.reward))
+
+
+def load_player(cfg, contexts: str) -> tuple:
+    """-> the environment of `cfg.player`, with the demonstrations filmed in 'seen' or 'held_out'
+    contexts, and this imitator. Raises: UserError where it cannot act."""
+    demos = next(name for name, split in SPLITS.items()
+                 if split == Split(contexts, 'expert'))
+    return load_imitator(cfg.player, cfg.translator, Path(cfg.out_dir) / demos, cfg.task_name)
 
 
 class Studio:
@@ -174,18 +188,16 @@ class Studio:
         return [env.camera(self.cfg.im_size) for _ in range(self.cfg.num_contexts)]
 
     @functools.cache  # noqa: B019
-    def imitator(self, contexts: str):
-        """-> its environment, with demonstrations in the same contexts, and the agent."""
-        demos = {split.contexts: name for name, split in SPLITS.items() if split.actor == 'expert'}
-        return load_imitator(self.cfg.imitator, self.cfg.task_name,
-                             Path(self.cfg.out_dir) / demos[contexts])
+    def player(self, contexts: str):
+        """-> the imitator's environment, with demonstrations in such contexts, and the imitator."""
+        return load_player(self.cfg, contexts)
 
     def make(self, split: str, i: int):
         cfg, root, kind = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
         episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
         env, agent = self.env, self.agent
-        if kind.actor == 'play' and cfg.imitator:
-            env, imitator = self.imitator(kind.contexts)
+        if kind.actor == 'play' and cfg.player:
+            env, imitator = self.player(kind.contexts)
             agent = NoisyPlay(imitator, episode_seed)
         elif kind.actor == 'play':
             agent = RandomPlay(episode_seed, env.action_spec().shape)
@@ -198,6 +210,9 @@ class Studio:
             kept = {'expert_return': sum(happened['rewards']), 'rewards': happened['rewards']}
         else:  # no task reward
             kept = {'actions': happened['actions']}
+            if cfg.player:  # it started where a demonstration did
+                episode_seed = env.start_seed
+                kept['player_sha256'] = utils.sha256(cfg.player)
         video.write_episode(root, i, frames, {
             'episode_seed': episode_seed, **kept, 'qpos': happened['qpos'],
             'contexts': looks.tolist()})
@@ -222,7 +237,7 @@ def make_episode(split: str, i: int):
 
 
 def describe(cfg, split: str, env_args: dict, joints: list[str]) -> dict:
-    """All that the episodes of a split depend on, but for how many there are."""
+    """Return all that the episodes of a split depend on, but for their number and `player`."""
     return {'format': utils.FORMAT, 'task': cfg.task_name, 'split': split,
             'contexts': SPLITS[split].contexts, 'actor': SPLITS[split].actor, 'joints': joints,
             'im_size': cfg.im_size, 'episode_len': cfg.episode_len,
@@ -245,7 +260,8 @@ def check_same_settings(root: Path, meta: dict):
     remedy = f'rm -r {root}, or set out_dir to another folder'
     if not (root / 'meta.json').exists():
         if video.episode_numbers(root):
-            raise UserError(f'{root} holds episodes but no meta.json to say of what: {remedy}.')
+            raise UserError(f'{root} holds episodes, but meta.json, which describes them, is '
+                            f'missing: {remedy}.')
         return
     here, there = flat(meta), flat(video.read_json(root / 'meta.json'))
     for key in sorted(here.keys() | there.keys() - {'num_episodes'}):
@@ -274,8 +290,8 @@ def generate(cfg):
             check_same_settings(root, meta)
             orders.append(Order(name, root, cfg[f'num_{name}'], meta,
                                 set(video.episode_numbers(root))))
-    if cfg.imitator:
-        check_imitator(cfg, orders)
+    if cfg.player:
+        check_player(cfg, orders)
     still = SimpleNamespace(act=lambda *_, **__: np.zeros(env.action_spec().shape))
     film(env, still, [], cfg.episode_len, episode_seed=0, looks=[])
     env.camera(16)  # and so does an OpenGL that does not work
@@ -287,14 +303,20 @@ def generate(cfg):
         fill(cfg, orders)
 
 
-def check_imitator(cfg, orders: list[Order]):
-    """Raises: UserError for an imitator that cannot act, or lacks demonstrations to imitate."""
+def check_player(cfg, orders: list[Order]):
+    """Raises: UserError where there is nothing to play, or `cfg.player` cannot."""
     for order in orders:
-        if SPLITS[order.name].actor == 'expert' and order.num_missing:
-            raise UserError(f'{order.root} is not whole, and imitator={cfg.imitator} '
-                            'imitates what was filmed before: give the same command without '
-                            'imitator and with num_play=1000, and then this one again.')
-    load_imitator(cfg.imitator, cfg.task_name, Path(cfg.out_dir) / 'train')
+        kind = SPLITS[order.name]
+        if kind.actor == 'expert' and not video.is_whole(order.root):
+            raise UserError(f'{order.root} lacks episodes, and player={cfg.player} needs '
+                            'demonstrations that are complete: run this command without player '
+                            'first, with num_play set to the number of random episodes.')
+    play = [order for order in orders if SPLITS[order.name].actor == 'play']
+    if not any(order.num_missing for order in play):
+        raise UserError(f'{cfg.out_dir} has all the play that was ordered, so that '
+                        f'player={cfg.player} has nothing to do: set num_play higher.')
+    for order in play:
+        load_player(cfg, SPLITS[order.name].contexts)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ class ReplayBuffer:
     uniformly: a start within `nstep` of the end gets the return up to the end, so that returns
     never cross episodes and the last steps of a short horizon are learned as well.
 
-    The rows are memory-mapped files: memory is the page cache's to give and take, and a snapshot of
-    a run need not copy them. `slack` rows beyond `capacity` keep what a run that goes back
+    The rows are memory-mapped files: the page cache decides how much stays in memory, and snapshots
+    need not copy them. `slack` rows beyond `capacity` keep what a run that goes back
     to its last snapshot still has to sample.
     """
 

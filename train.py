@@ -32,7 +32,10 @@ def check_settings(cfg):
 
 
 def check_action_repeat(cfg):
-    """Apart from the rest, as the imitator's is known later. Raises: UserError."""
+    """Check action_repeat. Separate, because the imitator learns its own from the videos.
+
+    Raises: UserError where it is below 1, or num_train_frames is less than one step.
+    """
     utils.require_at_least(cfg, 1, 'action_repeat')
     if cfg.num_train_frames < cfg.action_repeat:
         raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
@@ -70,8 +73,8 @@ class Workspace:
             snapshot, so that the agent can be made again from that alone.
           made_by: plain values to keep in the snapshot: where inputs came from.
           last: the snapshot to go on from, see `load_last`.
-          overlap: update in a thread beside the environment's step, with a core each. For steps
-            that take about as long and need Python little, else the two are in each other's way.
+          overlap: run the update in a thread beside the environment's step, one core each. It pays
+            where both take about as long and spend little time in Python (its global lock).
 
         Raises: UserError where `last` was made with other options or inputs.
         """
@@ -196,8 +199,8 @@ class Workspace:
             yield time_step
 
     def eval(self):
-        """Into `last_eval`, means over episodes 0 to num_eval_episodes - 1; each of them into
-        `last_eval_episodes`."""
+        """Evaluate: set `last_eval` (means) and `last_eval_episodes` (one dict an episode), and
+        log."""
         self.last_eval_episodes = []
         for episode in range(self.cfg.num_eval_episodes):
             episode_reward = 0.0
@@ -220,7 +223,8 @@ class Workspace:
         self.warn_if_dead()
 
     def warn_if_dead(self):
-        """At the first evaluation after `DEAD_AFTER` of the run, unless that is its end."""
+        """Warn once, at the first evaluation after DEAD_AFTER of the frames, if nothing was
+        learnt."""
         (_, untrained, spread), *later = self.evaluations
         late = [frame >= DEAD_AFTER * self.cfg.num_train_frames for frame, *_ in later]
         if sum(late) != 1 or not late[-1] or self.global_step >= self.num_train_steps:
@@ -235,7 +239,7 @@ class Workspace:
                 '(stddev_schedule), or a lower lr.')
 
     def finish(self):
-        """The last evaluation and snapshot; the replay buffer has served."""
+        """Evaluate and save a last time, then delete the replay buffer."""
         if self.last_eval_step != self.global_step:
             self.eval()
         if self.global_step > self.first_step:
@@ -261,7 +265,7 @@ class Workspace:
 
 
 def env_args(cfg) -> dict:
-    """Of `dmc.make`, kept in the snapshot: who loads the expert sees what it saw."""
+    """Return the `dmc.make` arguments; the snapshot keeps them, to make the environment again."""
     return dict(obs=cfg.obs, action_repeat=cfg.action_repeat, frame_stack=cfg.frame_stack,
                 im_size=cfg.im_size)
 

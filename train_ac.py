@@ -8,14 +8,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from omegaconf import OmegaConf
 
 import dmc
 import utils
 import video
-from ac_agent import ACAgent, Demonstrations, Imitation, Layout, Play, Reward
-from ct_model import ContextTranslator
+from ac_agent import (
+    ACAgent,
+    Demonstrations,
+    Layout,
+    Reward,
+    encode_play,
+    load_translator,
+    make_env,
+)
 from train import Workspace, check_action_repeat, check_settings, load_last
 from utils import UserError
 
@@ -112,29 +118,6 @@ def check_all_settings(cfg):
                             'set relabel=0 hindsight=0.')
 
 
-def load_translator(cfg, quiet: bool = False) -> ContextTranslator:
-    """The translator, ready to answer; also prints its scores, unless `quiet`.
-
-    Raises: UserError where it is missing, was made of other pictures or by another recipe.
-    """
-    retrain = f'python train_ct.py task={cfg.task_name}'
-    made = utils.load_snapshot(cfg.snapshot, 'translator', cfg.task_name, remedy=retrain)
-    utils.require_same_pictures(cfg.snapshot, made['made_by']['videos'],
-                              made['made_by'].get('quality'), dmc.CONTEXT_QUALITY, retrain)
-    model = ContextTranslator(**made['model_args'])
-    if (model.code is None) != (cfg.recipe == 'liu2017'):
-        raise UserError(f"{cfg.snapshot} has {'no' if model.code is None else 'a'} pose code: set "
-                        f"recipe={'liu2017' if model.code is None else 'pose_code'}, or {retrain} "
-                        f'recipe={cfg.recipe}.')
-    if model.code and 'agreement' not in made.get('scores', {}):
-        raise UserError(f'{cfg.snapshot} has a pose code that was not fitted to the end: go on '
-                        f'with that run, {retrain} hydra.run.dir={Path(cfg.snapshot).parent}.')
-    model.load_state_dict(made['model'])
-    if model.code and not quiet:
-        print(judge_translator(made['scores']))
-    return model.only_answer(utils.pick_device(cfg.device), utils.PRECISIONS[cfg.precision])
-
-
 def judge_translator(scores: dict[str, float]) -> str:
     """A line of the code's scores, and a warning where one is worse than what has worked."""
     shown = {name: scores[name] for name in (*WORKED, 'probe', 'probe_play', 'open_loop',
@@ -172,20 +155,16 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
     return splits
 
 
-def make_env(cfg, demos: Demonstrations, layout: Layout, evaluate: bool) -> Imitation:
-    meta = demos.clips.meta
-    env = dmc.ActionRepeat(dmc.load_suite(cfg.task_name, meta['scenery']), meta['action_repeat'])
-    return Imitation(env, demos, layout, Reward(cfg.reward_scale, cfg.time_power), meta['im_size'],
-                     cfg.w_feature, cfg.w_img, evaluate)
-
-
 def make_workspace(cfg, work_dir: Path) -> Workspace:
     """The run, ready to be trained; its expert films demonstrations if there are none.
 
     Raises: UserError for bad settings, translator or videos, before anything is trained.
     """
     check_all_settings(cfg)
-    model = load_translator(cfg)
+    model, scores = load_translator(cfg.snapshot, cfg.task_name, cfg.recipe,
+                                    utils.pick_device(cfg.device), cfg.precision)
+    if model.code:
+        print(judge_translator(scores))
     splits = open_videos(cfg, model.im_size)
 
     # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
@@ -193,8 +172,9 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     demos = Demonstrations(model, splits['train'], last and last['made_by'].get('scale'))
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
     layout = Layout(model.feature_dim, cfg.num_frames, tuple(cfg.lookahead))
-    train_env = make_env(cfg, demos, layout, evaluate=False)
-    eval_env = make_env(cfg, eval_demos, layout, evaluate=True)
+    options = layout, Reward(cfg.reward_scale, cfg.time_power), cfg.w_feature, cfg.w_img
+    train_env = make_env(demos, *options)
+    eval_env = make_env(eval_demos, *options, evaluate=True)
     agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True), obs_shape=[layout.size],
                       action_dim=train_env.action_spec().shape[0],
                       feature_dim_of_frame=model.feature_dim)
@@ -209,39 +189,6 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                'num_play': len(splits.get('play', ())), 'w_img': cfg.w_img, 'scale': demos.scale}
     return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, make_agent, agent_args,
                      made_by, last, overlap=utils.pick_device(cfg.device).type == 'cpu')
-
-
-def encode_play(model: ContextTranslator, clips: video.Clips, scale) -> Play:
-    actions = np.array([clips.episode(i)['actions'] for i in range(len(clips))], np.float32)
-    return Play(Demonstrations(model, clips, scale).features(), torch.from_numpy(actions))
-
-
-def load_imitator(run: str | Path, task_name: str, videos: Path) -> tuple[Imitation, ACAgent]:
-    """A trained imitator, ready to act on the CPU, and its environment with these demonstrations.
-
-    Args:
-      run: the folder of a train_ac.py run, whose settings and translator are used again.
-      videos: the split to imitate.
-
-    Raises: UserError where the run, its translator or the videos are missing or do not fit.
-    """
-    run, retrain = Path(run), f'python train_ac.py task={task_name}'
-    made = utils.load_snapshot(run / 'snapshot.pt', 'imitator', task_name, remedy=retrain)
-    cfg = OmegaConf.load(run / '.hydra' / 'config.yaml')
-    cfg.device = 'cpu'
-    model = load_translator(cfg, quiet=True)
-    if utils.sha256(cfg.snapshot) != made['made_by']['translator_sha256']:
-        raise UserError(f'{cfg.snapshot} is not the translator that {run} was trained with: put '
-                        f'that one back, or {retrain}.')
-    clips = video.Clips(videos, task_name, model.im_size, dmc.CONTEXT_QUALITY,
-                        max_clips=cfg.num_demos)
-    act_as_often(cfg, clips.root, clips.meta['action_repeat'])
-    layout = Layout(model.feature_dim, cfg.num_frames, tuple(cfg.lookahead))
-    env = make_env(cfg, Demonstrations(model, clips, made['made_by']['scale']), layout,
-                   evaluate=False)
-    agent = ACAgent(**made['agent_args'], device='cpu')
-    agent.load_state_dict(made['agent'])
-    return env, agent
 
 
 @utils.main('train_ac', dmc.task_names())

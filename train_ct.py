@@ -404,7 +404,7 @@ def check_settings(cfg):
     weights = cfg.weights
     for name, share in (('weights.foreground', weights.foreground), ('play_share', cfg.play_share)):
         if not 0 <= share <= 1:
-            raise UserError(f'{name}={share} is no share: set it in [0,1].')
+            raise UserError(f'{name}={share} must lie in [0, 1]: set {name}=0.5.')
     losses = [weights[name] for name in ('trans', 'rec', 'align')]
     if min(losses) < 0 or not any(losses):
         raise UserError('weights of trans, rec and align must be positive, or 0 to leave one out, '

@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 # ------------------------------------------------------------------------------------------- script
 
 class UserError(Exception):
-    """Bad input: one sentence that says what is wrong, where, and how to mend it."""
+    """Bad input: one sentence that says what is wrong, where, and the remedy."""
 
 
 def main(config_name: str, task_names: Sequence[str]):
@@ -95,7 +95,7 @@ def require_at_least(cfg, minimum: int, *keys: str):
     """Raises: UserError naming the first of the config's `keys` that lies below `minimum`."""
     for key in keys:
         if type(cfg[key]) is not int or cfg[key] < minimum:
-            raise UserError(f'{key}={cfg[key]} is no whole number of at least {minimum}: set '
+            raise UserError(f'{key}={cfg[key]} must be a whole number, at least {minimum}: set '
                             f'{key}={minimum} or more.')
 
 
@@ -141,7 +141,7 @@ def derive_seed(*key: int) -> int:
 
 
 def get_rng_states() -> dict:
-    """Of the generators that agents draw from."""
+    """Return the states of the generators that agents draw from (torch's, CUDA's)."""
     states = {'torch': torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states['cuda'] = torch.cuda.get_rng_state()
@@ -276,7 +276,7 @@ def sha256(snapshot: str | Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages on which pixels, physics and weights depend."""
+    """Return the versions of the packages that pixels, physics and weights depend on."""
     return {name: importlib.metadata.version(name)
             for name in ('torch', 'mujoco', 'dm_control', 'numpy')}
 
@@ -292,8 +292,8 @@ def require_same_pictures(source: str | Path, there: dict, quality: list | None,
     for what, before, now in (('MuJoCo', there['mujoco'], versions()['mujoco']),
                               ('quality', quality, here)):
         if before != now:
-            raise UserError(f'{source} comes from pictures of {what} {before}, which is drawn '
-                            f'otherwise than {now}: {remedy}.')
+            raise UserError(f'{source} comes from pictures drawn with {what} {before}, but here '
+                            f'it is {now}: {remedy}.')
 
 
 # ---------------------------------------------------------------------------------------- snapshots

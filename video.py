@@ -133,7 +133,7 @@ def frames_path(root: str | Path, i: int) -> Path:
 
 
 def episode_numbers(root: str | Path) -> list[int]:
-    """Of the episodes that are whole, in order."""
+    """Return the numbers of the complete episodes, in ascending order."""
     found = Path(root).glob('episode_*.json')
     return sorted(int(path.stem.removeprefix('episode_')) for path in found)
 
@@ -180,7 +180,7 @@ class Clips:
       max_clips: how many episodes to open at most.
 
     Raises: UserError where something is missing, damaged or of another task, size or format; the
-      sentence has the folder or file and the command that mends it.
+      sentence has the folder or file and the remedy.
     """
 
     def __init__(self, root: str | Path, task: str | None = None, im_size: int | None = None,

@@ -29,6 +29,7 @@ import torch  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
+import ac_agent  # noqa: E402
 import ct_model  # noqa: E402
 import generate_expert_video  # noqa: E402
 import train  # noqa: E402
@@ -246,7 +247,8 @@ def imitating(device, folder) -> Iterator[Row]:
                  *short(device))
     workspace = train_ac.make_workspace(cfg, folder / 'imitation')
     loop = run(workspace, 200)
-    model, horizon = plain.on_cpu(train_ac.load_translator(cfg)).float(), 50
+    model, _ = ac_agent.load_translator(cfg.snapshot, TASK, cfg.recipe, torch.device('cpu'), 'fp32')
+    horizon = 50
     suite, agent = PlainPixels(model.im_size), workspace.agent
     action = np.zeros(2, np.float32)
 

@@ -1,6 +1,5 @@
-from pathlib import Path
-
 import pytest
+from fakes import CFGS
 from omegaconf import OmegaConf
 
 import dmc  # noqa: F401  before anything that imports mujoco: it chooses the OpenGL backend
@@ -10,7 +9,7 @@ import utils
 @pytest.fixture(scope='session')
 def scenery():
     """The ranges that ship."""
-    cfg = OmegaConf.load(Path(__file__).parent.parent / 'cfgs/base.yaml')
+    cfg = OmegaConf.load(CFGS / 'generate_expert_video.yaml')
     return OmegaConf.to_container(cfg.scenery)
 
 

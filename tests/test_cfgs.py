@@ -98,6 +98,11 @@ def test_a_task_files_values_of_drqv2_reach_train(task, changes):
     assert (cfg.agent.lr, cfg.agent.feature_dim) == (cfg.lr, cfg.feature_dim)
 
 
+@pytest.mark.parametrize('task', KINDS)
+def test_nobody_plays_unless_asked(task):
+    assert cfg_of('generate_expert_video', f'task={task}').player is None
+
+
 def test_a_users_word_stands_above_the_task_files():
     assert cfg_of('train', 'task=walker_run', 'batch_size=64').batch_size == 64
     assert cfg_of('train', 'task=humanoid_run', 'lr=1e-3').agent.lr == 1e-3

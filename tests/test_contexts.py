@@ -1,6 +1,5 @@
 import itertools
 import json
-from pathlib import Path
 
 import dmc  # first: it chooses the OpenGL backend before anything imports mujoco
 
@@ -9,13 +8,14 @@ import mujoco
 import numpy as np
 import pytest
 from dm_control import suite
+from fakes import CFGS
 from omegaconf import OmegaConf
 
 import contexts
 from utils import UserError
 
 SCENERY = OmegaConf.to_container(
-    OmegaConf.load(Path(__file__).parent.parent / 'cfgs/base.yaml').scenery)
+    OmegaConf.load(CFGS / 'generate_expert_video.yaml').scenery)
 DOMAINS = sorted({domain for domain, _ in suite.ALL_TASKS})
 
 

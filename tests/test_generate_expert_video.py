@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fakes import CFGS
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import generate_expert_video as script  # first: it imports dmc, which chooses the OpenGL backend
 
@@ -23,6 +23,7 @@ import dmc
 import train_ac
 import utils
 import video
+from ac_agent import load_imitator
 from ct_model import ContextTranslator
 from drqv2 import DrQV2Agent
 
@@ -34,7 +35,7 @@ ENV_ARGS = {'obs': 'states', 'action_repeat': 2, 'frame_stack': 3, 'im_size': 84
 
 
 def config(*overrides):
-    with initialize_config_dir(str(REPO / 'cfgs'), version_base='1.3'):
+    with initialize_config_dir(str(CFGS), version_base='1.3'):
         return compose('generate_expert_video', [*SIZES, *overrides])
 
 
@@ -129,8 +130,8 @@ def test_without_play_there_is_no_folder_of_it_and_it_can_follow(dataset, snapsh
 
 
 @pytest.fixture(scope='module')
-def imitator(dataset, tmp_path_factory):
-    """The folder of a run that has not trained yet."""
+def player(dataset, tmp_path_factory):
+    """Options that have an imitator play, one that has not trained yet."""
     run = tmp_path_factory.mktemp('ac_local')
     torch.manual_seed(0)
     model_args = {'im_size': 32, 'channels': [4, 4, 4, 4], 'z_dim': 4, 'hidden': 8, 'code_dim': 3,
@@ -141,35 +142,33 @@ def imitator(dataset, tmp_path_factory):
         'model_args': model_args, 'model': model.state_dict(),
         'scores': {name: worked for name, (worked, _) in train_ac.WORKED.items()},
         'made_by': {'videos': utils.versions(), 'quality': dmc.CONTEXT_QUALITY}})
-    with initialize_config_dir(str(REPO / 'cfgs'), version_base='1.3'):
+    with initialize_config_dir(str(CFGS), version_base='1.3'):
         cfg = compose('train_ac', ['task=reacher_easy', f'snapshot={run}/ct.pt', 'device=cpu',
                                    f'data_dir={dataset}', 'hidden_dim=16', 'use_tb=false'])
     train_ac.make_workspace(cfg, run).save_snapshot()
-    (run / '.hydra').mkdir()
-    OmegaConf.save(cfg, run / '.hydra' / 'config.yaml')
-    return run
+    return [f'player={run}/snapshot.pt', f'translator={run}/ct.pt']
 
 
-def test_an_imitator_goes_on_with_play_from_demonstrated_starts(dataset, snapshot, imitator,
+def test_an_imitator_goes_on_with_play_from_demonstrated_starts(dataset, snapshot, player,
                                                                 tmp_path):
     for num_workers in (1, 2):
         out_dir = tmp_path / str(num_workers)
         shutil.copytree(dataset, out_dir)
-        script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_play=3',
-                               f'imitator={imitator}', 'num_play_valid=2',
-                               f'num_workers={num_workers}'))
+        script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_play=3', *player,
+                               'num_play_valid=2', f'num_workers={num_workers}'))
     assert contents(tmp_path / '1') == contents(tmp_path / '2')
     before, after = contents(dataset), contents(out_dir)
     assert all(after[name] == data for name, data in before.items() if 'meta' not in name)
 
+    sha256 = utils.sha256(player[0].removeprefix('player='))
     for split, demos, i in (('play', 'train', 2), ('play_valid', 'valid', 1)):
         clips, demos = video.Clips(out_dir / split), video.Clips(out_dir / demos)
         episode, frames = clips.episode(i), clips.frames(i)
-        starts = {tuple(demos.episode(k)['qpos'][0]): demos.episode(k)['episode_seed']
-                  for k in range(len(demos))}
+        assert episode['player_sha256'] == sha256 and 'player_sha256' not in clips.episode(0)
+        assert episode['episode_seed'] in [demos.episode(k)['episode_seed']
+                                           for k in range(len(demos))]
         env = dmc.make('reacher_easy', scenery=clips.meta['scenery'], **ENV_ARGS)
-        env.reset(episode_seed=starts[tuple(episode['qpos'][0])],
-                  context=np.array(episode['contexts'][1]))
+        env.reset(episode_seed=episode['episode_seed'], context=np.array(episode['contexts'][1]))
         for t in range(6):
             assert env.qpos().tolist() == episode['qpos'][t]
             assert np.array_equal(env.render(32), frames[1, t])
@@ -177,11 +176,27 @@ def test_an_imitator_goes_on_with_play_from_demonstrated_starts(dataset, snapsho
                 env.step(np.array(episode['actions'][t], np.float32))
 
 
-def test_an_imitator_takes_demonstrations(dataset, snapshot, imitator, tmp_path):
-    with pytest.raises(utils.UserError, match='train is not whole.*without imitator'):
-        script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}',
-                               f'imitator={imitator}'))
+def test_a_player_takes_demonstrations_and_something_to_do(dataset, snapshot, player, tmp_path):
+    for out_dir, sentence in ((tmp_path, 'train lacks episodes.*without player'),
+                              (dataset, 'has nothing to do: set num_play higher')):
+        with pytest.raises(utils.UserError, match=sentence):
+            script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', *player))
     assert not any(tmp_path.iterdir())
+
+
+def test_a_player_goes_with_its_translator_and_action_repeat(dataset, snapshot, player, tmp_path):
+    shutil.copytree(dataset, tmp_path, dirs_exist_ok=True)
+    other = tmp_path / 'other.pt'
+    made = torch.load(player[1].removeprefix('translator='), weights_only=True)
+    torch.save(made | {'command': 'another'}, other)
+    options = [f'snapshot={snapshot}', f'out_dir={tmp_path}', 'num_play=3', *player]
+    with pytest.raises(utils.UserError, match='was trained with another translator than .*other'):
+        script.generate(config(*options, f'translator={other}'))
+    meta = tmp_path / 'train' / 'meta.json'
+    video.write_json(meta, video.read_json(meta) | {'action_repeat': 3})
+    with pytest.raises(utils.UserError, match='action_repeat=3'):
+        load_imitator(player[0].removeprefix('player='), player[1].removeprefix('translator='),
+                      tmp_path / 'train', 'reacher_easy')
 
 
 def test_noise_is_a_function_of_the_seed_and_differs_by_episode():
@@ -362,7 +377,7 @@ def test_other_settings_in_the_same_folder(dataset, snapshot, override, sentence
 def test_episodes_without_their_settings(dataset, snapshot, tmp_path):
     shutil.copytree(dataset / 'valid', tmp_path / 'valid')
     (tmp_path / 'valid' / 'meta.json').unlink()
-    with pytest.raises(utils.UserError, match='valid holds episodes but no meta.json'):
+    with pytest.raises(utils.UserError, match='valid holds episodes, but meta.json'):
         script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}'))
 
 

@@ -8,6 +8,7 @@ from fakes import CFGS, Killed, rows
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import ac_agent
 import contexts
 import dmc
 import train_ac
@@ -95,6 +96,11 @@ def cfg(data_dir, tmp_path, recipe, changes):
             'agent.num_expl_steps=10', 'stddev_schedule=1.0'])
     cfg.merge_with(changes)
     return cfg
+
+
+def load_translator(cfg):
+    return ac_agent.load_translator(cfg.snapshot, cfg.task_name, cfg.recipe, torch.device('cpu'),
+                                    cfg.precision)
 
 
 def make(cfg, work_dir, overlap=False):
@@ -211,7 +217,7 @@ def test_evaluation_has_held_out_videos_and_the_features_of_training(cfg, tmp_pa
     env = workspace.eval_env
     obs = env.reset(episode_seed=0).observation
     clips = video.Clips(f'{cfg.data_dir}/valid')
-    demos = Demonstrations(train_ac.load_translator(cfg), clips, workspace.made_by['scale'])
+    demos = Demonstrations(load_translator(cfg)[0], clips, workspace.made_by['scale'])
     first = env.render(SIZE)
     features = demos.encode(first).numpy()
     np.testing.assert_array_equal(obs[:len(features)], features)
@@ -222,10 +228,10 @@ def test_evaluation_has_held_out_videos_and_the_features_of_training(cfg, tmp_pa
 
 
 def test_play_is_encoded_as_demonstrations_are(cfg):
-    model = train_ac.load_translator(cfg)
+    model, _ = load_translator(cfg)
     clips = video.Clips(f'{cfg.data_dir}/play')
     scale = ([0.5, 0.0, 0.0], 2.0)
-    play = train_ac.encode_play(model, clips, scale)
+    play = ac_agent.encode_play(model, clips, scale)
     assert torch.equal(play.features, Demonstrations(model, clips, scale).features())
     assert play.features.shape == (2, LENGTH + 1, 3) and play.actions.dtype == torch.float32
     np.testing.assert_allclose(play.actions, [clips.episode(i)['actions'] for i in range(2)])
@@ -444,14 +450,14 @@ def test_play_is_not_asked_for_without_cloning(data_dir, cfg, tmp_path, no_filmi
 def test_a_code_that_was_not_fitted_to_the_end_is_refused(cfg):
     save_translator(cfg.snapshot, 'pose_code', scores={'trans': 0.1})
     with pytest.raises(UserError, match='not fitted to the end: .*python train_ct.py'):
-        train_ac.load_translator(cfg)
+        load_translator(cfg)
 
 
 @pytest.mark.parametrize('path', sorted((CFGS.parent / 'ct').glob('*.pt')), ids=lambda p: p.stem)
 def test_a_shipped_translator_can_be_imitated_with(path):
     cfg = OmegaConf.create({'task_name': path.stem, 'snapshot': str(path), 'recipe': 'pose_code',
                             'device': 'cpu', 'precision': 'bf16'})
-    model = train_ac.load_translator(cfg)
+    model, _ = load_translator(cfg)
     frames = torch.randint(256, (2, model.im_size, model.im_size, 3), dtype=torch.uint8)
     assert model.code(model.encode(frames)).isfinite().all()
 
@@ -475,14 +481,14 @@ def test_a_score_that_is_worse_is_warned_of_and_no_other(name):
     assert 'warning' not in judge_translator({key: GOOD[key] for key in GOOD if key != name})
 
 
-def test_scores_are_printed_with_the_translator(cfg, capsys):
+def test_scores_are_printed_with_the_translator(cfg, tmp_path, capsys):
     save_translator(cfg.snapshot, 'pose_code', scores=GOOD | {'rank': 0.05})
-    train_ac.load_translator(cfg)
+    make(cfg, tmp_path / 'run')
     printed = capsys.readouterr().out
     assert printed == judge_translator(GOOD | {'rank': 0.05}) + '\n' and 'warning' in printed
 
 
 @pytest.mark.parametrize('recipe', ['liu2017'])
-def test_the_papers_translator_has_no_such_scores(cfg, capsys):
-    train_ac.load_translator(cfg)
+def test_the_papers_translator_has_no_such_scores(cfg, tmp_path, capsys):
+    make(cfg, tmp_path / 'run')
     assert capsys.readouterr().out == ''

@@ -450,8 +450,8 @@ def test_bad_settings_are_refused_before_anything_is_written(data, tmp_path, ove
 
 @pytest.mark.parametrize('overrides, words', [
     (['num_train_steps=0'], 'num_train_steps=0'),
-    (['play_share=1.5'], r'play_share=1.5 is no share'),
-    (['play_share=-0.1'], r'play_share=-0.1 is no share'),
+    (['play_share=1.5'], r'play_share=1.5 must lie'),
+    (['play_share=-0.1'], r'play_share=-0.1 must lie'),
     (['code.num_steps=0'], 'num_steps=0'), (['code.batch_size=1'], 'batch_size=1'),
     (['code.window=3'], 'window=3'), (['code.window=11'], 'fewer than code.window=11'),
     (['code.weights.agree=-1'], 'code.weights'), (['code.weights.noise=-0.1'], 'code.weights')])
@@ -484,7 +484,7 @@ def test_play_that_is_drawn_otherwise_is_refused(data, tmp_path):
     shutil.copytree(data, tmp_path / 'videos')
     path = tmp_path / 'videos' / 'play' / 'meta.json'
     video.write_json(path, video.read_json(path) | {'quality': [1, 2, 3]})
-    with pytest.raises(UserError, match='videos/play comes from pictures of quality'):
+    with pytest.raises(UserError, match='videos/play comes from pictures drawn with quality'):
         train(config(tmp_path / 'videos', recipe='pose_code'), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
 
