@@ -42,7 +42,7 @@ def test_task_files_speak_of_drqv2_and_of_the_imitators_exceptions_alone(task):
     file = OmegaConf.load(CFGS / f'task/{task}.yaml')
     said = file.keys()
     assert said <= {'defaults', 'task_name', 'drqv2', 'imitator'}
-    assert file.get('imitator', {}).keys() <= {'lookahead', 'w_critic'}
+    assert file.get('imitator', {}).keys() <= {'lookahead', 'max_shift', 'w_critic'}
     assert ('task_name' in said) == (task in FILES)
 
 
@@ -58,7 +58,7 @@ def own_values(cfg):
     for part in (values, values.get('agent', {})):
         for key in ('drqv2', 'imitator'):
             part.pop(key, None)
-        for key in ('lookahead', 'w_critic') if values.get('recipe') == 'pose_code' else ():
+        for key in ('lookahead', 'max_shift', 'w_critic') if values.get('recipe') == 'pose_code' else ():
             part.pop(key, None)
     return values
 
@@ -113,6 +113,8 @@ def test_a_users_word_stands_above_the_task_files():
 def test_a_task_file_may_say_otherwise_of_its_imitator():
     assert cfg_of('train_ac', 'task=finger_spin').agent.lookahead == []
     assert cfg_of('train_ac', 'task=reacher_hard').agent.lookahead == [1, 2, 3, 5, 8, 12]
+    assert cfg_of('train_ac', 'task=reacher_hard').agent.max_shift == 0
+    assert cfg_of('train_ac', 'task=finger_spin').agent.max_shift == 6
     assert cfg_of('train_ac', 'task=finger_turn_easy').agent.w_critic == 1
     assert cfg_of('train_ac', 'task=reacher_hard').agent.w_critic == 0
     assert cfg_of('train_ac', 'task=finger_turn_easy', 'w_critic=0').agent.w_critic == 0
