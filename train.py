@@ -83,7 +83,7 @@ class Workspace:
         self.agent_args = agent_args
         self.made_by = made_by | {key: cfg[key] for key in (
             'seed', 'nstep', 'discount', 'batch_size', 'action_repeat', 'num_train_frames',
-            'replay_buffer_size', 'snapshot_every_frames')}
+            'num_seed_frames', 'replay_buffer_size', 'snapshot_every_frames')}
         self.snapshot_path = work_dir / 'snapshot.pt'
         self.global_step = self.global_episode = 0
         if last:  # checked before the replay buffer's files are touched

@@ -58,8 +58,9 @@ def own_values(cfg):
     for part in (values, values.get('agent', {})):
         for key in ('drqv2', 'imitator'):
             part.pop(key, None)
-        for key in ('lookahead', 'max_shift', 'w_critic') if values.get('recipe') == 'pose_code' else ():
-            part.pop(key, None)
+        if values.get('recipe') == 'pose_code':
+            for key in ('lookahead', 'max_shift', 'w_critic'):
+                part.pop(key, None)
     return values
 
 

@@ -79,7 +79,8 @@ def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels,
 def test_a_resume_that_is_refused_takes_nothing_away(tmp_path):
     with pytest.raises(Killed):
         make(tmp_path, False, DyingEnv(False, 157)).train()
-    for changes in ({'replay_buffer_size': 500}, {'num_train_frames': 600}):
+    for changes in ({'replay_buffer_size': 500}, {'num_train_frames': 600},
+                    {'num_seed_frames': 80}):
         with pytest.raises(UserError, match=next(iter(changes))):
             make(tmp_path, False, **changes)
     make(tmp_path, False).train()
