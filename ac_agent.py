@@ -244,7 +244,7 @@ class Imitation(dmc.Wrapper):
         self.episode_info = {}
         if self._evaluate:
             random_return = self._random_return(demo['episode_seed'])
-        self.start_seed = demo['episode_seed']  # of the task's own reset
+        self.start_seed = demo['episode_seed']
         self._env.reset(episode_seed=self.start_seed, context=np.asarray(demo['contexts'][own]))
         self._frame = self._env.render(self._im_size)
         self._translation = self._demos.translate(
@@ -309,7 +309,7 @@ class Imitation(dmc.Wrapper):
 
 def make_env(demos: Demonstrations, layout: Layout, reward: Reward, w_feature: float = 1.0,
              w_img: float = 0.0, evaluate: bool = False) -> Imitation:
-    """Make the task that was filmed, with its scenery and action repeat, an `Imitation`."""
+    """Return the `Imitation` of the demonstrations' task, with their scenery and action repeat."""
     meta = demos.clips.meta
     env = dmc.ActionRepeat(dmc.load_suite(meta['task'], meta['scenery']), meta['action_repeat'])
     return Imitation(env, demos, layout, reward, meta['im_size'], w_feature, w_img, evaluate)
@@ -449,8 +449,8 @@ class ACAgent(DrQV2Agent):
         return inverse(seen.flatten(1)).tanh()
 
     def _own_moments(self, replay_buffer, batch_size: int):
-        """-> history, later and action of `batch_size` of the agent's own steps: of play, and once
-        there is replay, half of that, since it is nearer to the demonstrations."""
+        """-> history, later and action of `batch_size` of the agent's own steps: from play alone
+        while replay is empty, then half from each. Replay is nearer to the demonstrations."""
         n = batch_size // 2 if replay_buffer is not None and len(replay_buffer) else batch_size
         past, ahead = range(0, -self._layout.num_frames, -1), range(1, self.NUM_AHEAD + 1)
         i = torch.randint(len(self._play.features), (n,), device=self.device)
@@ -577,10 +577,11 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         raise UserError(f'{path} was trained with another translator than {translator}: set '
                         'translator to that one.')
     clips = video.Clips(videos, task_name, model.im_size, dmc.CONTEXT_QUALITY)
-    for key, least in (('action_repeat', made_by['action_repeat']), ('num_contexts', 2)):
-        if clips.meta[key] < least or key == 'action_repeat' and clips.meta[key] != least:
-            raise UserError(f'{videos} was filmed with {key}={clips.meta[key]}, and {path} takes '
-                            f'{least}: choose another imitator, or film anew.')
+    meta, repeat = clips.meta, made_by['action_repeat']
+    if meta['action_repeat'] != repeat or meta['num_contexts'] < 2:
+        raise UserError(f"{videos} was filmed with action_repeat={meta['action_repeat']} in "
+                        f"{meta['num_contexts']} contexts, and {path} takes action_repeat={repeat} "
+                        'and two or more: choose another imitator, or film anew.')
     layout = Layout(model.feature_dim, args['num_frames'], tuple(args['lookahead']))
     env = make_env(Demonstrations(model, clips, made_by['scale']), layout,
                    Reward(args['reward_scale'], args['time_power']), args['w_feature'],

@@ -189,15 +189,16 @@ class Studio:
 
     @functools.cache  # noqa: B019
     def player(self, contexts: str):
-        """-> the imitator's environment, with demonstrations in such contexts, and the imitator."""
-        return load_player(self.cfg, contexts)
+        """-> the imitator's environment, with demonstrations in such contexts; the imitator; and
+        its snapshot's sha256."""
+        return *load_player(self.cfg, contexts), utils.sha256(self.cfg.player)
 
     def make(self, split: str, i: int):
         cfg, root, kind = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
         episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
         env, agent = self.env, self.agent
         if kind.actor == 'play' and cfg.player:
-            env, imitator = self.player(kind.contexts)
+            env, imitator, player_sha256 = self.player(kind.contexts)
             agent = NoisyPlay(imitator, episode_seed)
         elif kind.actor == 'play':
             agent = RandomPlay(episode_seed, env.action_spec().shape)
@@ -212,7 +213,7 @@ class Studio:
             kept = {'actions': happened['actions']}
             if cfg.player:  # it started where a demonstration did
                 episode_seed = env.start_seed
-                kept['player_sha256'] = utils.sha256(cfg.player)
+                kept['player_sha256'] = player_sha256
         video.write_episode(root, i, frames, {
             'episode_seed': episode_seed, **kept, 'qpos': happened['qpos'],
             'contexts': looks.tolist()})

@@ -115,7 +115,7 @@ def run(workspace, num_steps: int) -> Callable:
     def go(num_steps=num_steps):
         workspace.run((workspace.global_step + num_steps) * workspace.cfg.action_repeat)
 
-    go(2000)  # random actions, without updates
+    go(2000)  # without updates: num_seed_frames
     return go
 
 
@@ -244,7 +244,7 @@ def imitating(device, folder) -> Iterator[Row]:
     generate_expert_video.generate(studio_cfg(folder / 'demos', num_train=8, num_valid=1,
                                               num_play=4, num_play_valid=0))
     cfg = config('train_ac', f'data_dir={folder}/demos', f'snapshot={ROOT}/ct/{TASK}.pt',
-                 *short(device))
+                 'num_seed_frames=4000', *short(device))
     workspace = train_ac.make_workspace(cfg, folder / 'imitation')
     loop = run(workspace, 200)
     model, _ = ac_agent.load_translator(cfg.snapshot, TASK, cfg.recipe, torch.device('cpu'), 'fp32')
@@ -278,7 +278,7 @@ PARTS = {'rendering': rendering, 'learning': learning, 'filming': filming,
 
 
 def peak_flops(device) -> float:
-    """Of a product of bf16 matrices, measured: FLOP/s."""
+    """Measure the speed of a product of bf16 matrices, in FLOP/s."""
     size = 2048 if device.type == 'cpu' else 8192
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size ** 3 / min(timed(lambda: a @ b, device) for _ in range(10))

@@ -15,6 +15,6 @@ def scenery():
 
 @pytest.fixture(autouse=True)
 def precision():
-    """Of the whole process, so what one test sets is not left to the next."""
+    """Reset the process-wide precision after each test."""
     yield
     utils.set_precision('fp32')

@@ -18,7 +18,7 @@ class Killed(Exception):
 
 
 def rows(path):
-    """Of a run's CSV, without what differs from run to run."""
+    """Return the rows of a run's CSV, without the columns that differ from run to run."""
     with open(path) as file:
         return [{key: value for key, value in row.items() if key not in ('total_time', 'fps')}
                 for row in csv.DictReader(file)]

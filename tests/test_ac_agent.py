@@ -571,7 +571,7 @@ def roll_out(policy, num_episodes, seed, length=12, speed=0.3):
 
 
 def observe(features, demo, t):
-    """Of one episode at step t, which follows `demo`."""
+    """Return the observation of one episode at step t, which follows `demo`."""
     history = torch.stack([features[max(t - back, 0)] for back in range(LAYOUT.num_frames)])
     left = torch.tensor([1 - t / (len(features) - 1)])
     targets = LAYOUT.targets(demo[None], torch.tensor([0]), torch.tensor([t]))[0]

@@ -32,7 +32,7 @@ def recipe():
 
 @pytest.fixture
 def changes():
-    """Of settings; may be parametrized."""
+    """Changes of settings; may be parametrized."""
     return {}
 
 

@@ -178,7 +178,7 @@ def die_in_step(monkeypatch, die_at):
 
 
 def require_equal(one, other, where=''):
-    """Of nested dicts and lists with tensors and plain values: bit by bit."""
+    """Compare nested dicts and lists of tensors and plain values bit by bit."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for key in one:
