@@ -18,6 +18,7 @@ from dm_env import specs
 import dmc
 import utils
 import video
+from contexts import Scenery
 from ct_model import ContextTranslator, mlp, to_uint8
 from drqv2 import DrQV2Agent
 from utils import UserError
@@ -311,7 +312,8 @@ def make_env(demos: Demonstrations, layout: Layout, reward: Reward, w_feature: f
              w_img: float = 0.0, evaluate: bool = False) -> Imitation:
     """Return the `Imitation` of the demonstrations' task, with their scenery and action repeat."""
     meta = demos.clips.meta
-    env = dmc.ActionRepeat(dmc.load_suite(meta['task'], meta['scenery']), meta['action_repeat'])
+    env = dmc.ActionRepeat(dmc.load_suite(meta['task'], Scenery(meta['scenery'])),
+                           meta['action_repeat'])
     return Imitation(env, demos, layout, reward, meta['im_size'], w_feature, w_img, evaluate)
 
 

@@ -19,11 +19,11 @@ import numpy as np
 
 from utils import UserError
 
-Split = Literal['seen', 'held_out']
+Kind = Literal['seen', 'held_out']
 
 MAX_DISTRACTORS, DISTRACTOR_SLOTS = 4, 10
 # Factor -> number of its slots, and its ranges in the config. A factor's first slot is its key;
-# the keys determine the split of a context.
+# the keys determine the kind of a context.
 FACTORS: dict[str, tuple[int, tuple[str, ...]]] = {
     'body': (6, ('saturation', 'value')),
     'target': (3, ('saturation', 'value')),
@@ -88,23 +88,23 @@ class Scenery:
                             f' set scenery.{name}.{key}=[low,high].')
         return tuple(span)
 
-    def split_of(self, context: np.ndarray) -> Split:
-        """The split a context belongs to: a function of its values and of the switches alone.
+    def kind_of(self, context: np.ndarray) -> Kind:
+        """Whether a context is held out: a function of its values and of the switches alone.
 
         The key of every enabled factor is quantised to 8 cells; the context is held out where the
-        sum of the cells is a multiple of 4. So no context is in both splits, a quarter is held out,
+        sum of the cells is a multiple of 4. So no context is of both kinds, a quarter is held out,
         and what is new in a held-out context is its combination of looks.
         """
         cells = sum(int(CELLS * context[SLOTS[name].start]) for name in self.names)
         return 'seen' if cells % MODULUS else 'held_out'
 
-    def sample(self, rng: np.random.Generator, split: Split) -> np.ndarray:
-        """A context (DIM,), uniform among those of `split`; always the same number of draws."""
+    def sample(self, rng: np.random.Generator, kind: Kind) -> np.ndarray:
+        """A context (DIM,), uniform among those of a kind; always the same number of draws."""
         context = rng.random(DIM)
         seen_remainder, half = rng.integers(1, MODULUS), rng.integers(CELLS // MODULUS)
         *keys, last = [SLOTS[name].start for name in self.names]
         # The last key moves to a cell that gives the remainder, and keeps its place in the cell.
-        remainder = seen_remainder if split == 'seen' else 0
+        remainder = seen_remainder if kind == 'seen' else 0
         cell = (remainder - sum(int(CELLS * context[key]) for key in keys)) % MODULUS
         context[last] = (cell + MODULUS * half + CELLS * context[last] % 1) / CELLS
         return context
@@ -340,9 +340,7 @@ class Painter:
         mujoco.mjr_render(...)
     """
 
-    def __init__(self, model: mujoco.MjModel, scenery: Mapping[str, Any], camera_id: int):
-        """Raises: UserError for a bad scenery, see `Scenery`."""
-        scenery = Scenery(scenery)
+    def __init__(self, model: mujoco.MjModel, scenery: Scenery, camera_id: int):
         self._model, self._stage = model, Stage(model, scenery.names, camera_id)
         self._cached_look = functools.lru_cache(maxsize=256)(
             lambda values: look(np.frombuffer(values), scenery, self._stage))

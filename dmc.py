@@ -290,8 +290,9 @@ class Pixels(Wrapper):
         return time_step._replace(observation=np.concatenate(self._frames))
 
 
-def load_suite(task_name: str, scenery=None, seed: int = 0) -> SuiteEpisodes:
-    """The bare task, able to film itself; `scenery` (cfg) makes it fit for visual contexts."""
+def load_suite(task_name: str, scenery: contexts.Scenery | None = None, seed: int = 0
+               ) -> SuiteEpisodes:
+    """The bare task, able to film itself, with a scenery in visual contexts as well."""
     domain, task = split_name(task_name)
     env = suite.load(domain, task, task_kwargs={'random': seed})
     env._step_limit = min(env._step_limit, MAX_EPISODE_STEPS)
@@ -302,13 +303,14 @@ def load_suite(task_name: str, scenery=None, seed: int = 0) -> SuiteEpisodes:
 
 
 def make(task_name: str, obs: str = 'pixels', action_repeat: int = 2, frame_stack: int = 3,
-         im_size: int = 84, seed: int = 0, scenery=None) -> dm_env.Environment:
+         im_size: int = 84, seed: int = 0, scenery: contexts.Scenery | None = None
+         ) -> dm_env.Environment:
     """A suite task as DrQ-v2 sees it.
 
     Args:
       obs: 'pixels', uint8 (3 * frame_stack, im_size, im_size), or 'states', float32 (n,).
       seed: of the stream of episodes that plain `reset()` draws from.
-      scenery: cfg.scenery, for an environment that can be filmed in visual contexts.
+      scenery: for an environment that can be filmed in visual contexts.
     """
     if obs not in ('pixels', 'states'):
         raise UserError(f"obs={obs} is neither pixels nor states.")

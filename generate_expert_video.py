@@ -179,7 +179,7 @@ class Studio:
         self.cfg = cfg
         self.agent, env_args = load_expert(cfg.snapshot, cfg.task_name)
         self.scenery = contexts.Scenery(cfg.scenery)
-        self.env = dmc.make(cfg.task_name, scenery=cfg.scenery, **env_args)
+        self.env = dmc.make(cfg.task_name, scenery=self.scenery, **env_args)
         self.fps = 1 / (self.env.control_timestep() * env_args['action_repeat'])
 
     @functools.cache  # noqa: B019  a worker has one studio
@@ -249,13 +249,6 @@ def describe(cfg, split: str, env_args: dict, joints: list[str]) -> dict:
             'versions': utils.versions()}
 
 
-def flat(values: dict, prefix: str = '') -> dict:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    parts = [flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
-             for key, value in values.items()]
-    return {key: value for part in parts for key, value in part.items()}
-
-
 def check_same_settings(root: Path, meta: dict):
     """Raises: UserError where the folder's episodes were made otherwise than `meta` says."""
     remedy = f'rm -r {root}, or set out_dir to another folder'
@@ -264,11 +257,9 @@ def check_same_settings(root: Path, meta: dict):
             raise UserError(f'{root} holds episodes, but meta.json, which describes them, is '
                             f'missing: {remedy}.')
         return
-    here, there = flat(meta), flat(video.read_json(root / 'meta.json'))
-    for key in sorted(here.keys() | there.keys() - {'num_episodes'}):
-        if here.get(key) != there.get(key):
-            raise UserError(f'{root} was made with {key}={there.get(key)}, not {here.get(key)}: '
-                            f'{remedy}.')
+    there = video.read_json(root / 'meta.json')
+    there.pop('num_episodes', None)
+    utils.require_same(root, there, meta, remedy)
 
 
 def generate(cfg):
@@ -283,7 +274,8 @@ def generate(cfg):
         utils.require_at_least(cfg, 1, 'num_workers')
     _, env_args = load_expert(cfg.snapshot, cfg.task_name)
     # What would fail in every worker fails here: a wrong scenery, or episodes that are too short.
-    env = dmc.make(cfg.task_name, scenery=cfg.scenery, **{**env_args, 'obs': 'states'})
+    env = dmc.make(cfg.task_name, scenery=contexts.Scenery(cfg.scenery),
+                   **{**env_args, 'obs': 'states'})
     orders = []
     for name in SPLITS:
         if cfg[f'num_{name}']:

@@ -87,8 +87,7 @@ class Workspace:
         self.snapshot_path = work_dir / 'snapshot.pt'
         self.global_step = self.global_episode = 0
         if last:  # checked before the replay buffer's files are touched
-            utils.check_same_run(work_dir, {**last['agent_args'], **last['made_by']},
-                                 {**agent_args, **self.made_by})
+            utils.require_same_run(work_dir, last, {**agent_args, **self.made_by})
 
         device = utils.pick_device(cfg.device)
         utils.prepare_cpu()

@@ -438,13 +438,12 @@ def open_splits(cfg) -> dict[str, video.Clips]:
         clips[name] = video.Clips(root / name, cfg.task_name,
                                   clips['train'].meta['im_size'] if clips else None,
                                   dmc.CONTEXT_QUALITY)
-        for key in ('num_contexts', 'episode_len', 'action_repeat'):
-            there, here = (clips[split].meta.get(key) for split in ('train', name))
-            if there != here:
-                raise UserError(f'{clips[name].root} was filmed with {key}={here}, but its '
-                                f'neighbour train with {there}: remove it and python '
-                                f'generate_expert_video.py task={cfg.task_name} out_dir={root}, '
-                                'with the options and the expert of train.')
+        here, train = ({key: clips[split].meta.get(key) for key in (
+            'num_contexts', 'episode_len', 'action_repeat')} for split in (name, 'train'))
+        utils.require_same(clips[name].root, here, train,
+                           'remove it and python generate_expert_video.py '
+                           f'task={cfg.task_name} out_dir={root}, with the options and the expert '
+                           'of its neighbour train')
     if cfg.model.code_dim and clips['train'].meta['num_contexts'] < 2:
         raise UserError(f'{root} shows each episode in one context, and a pose code takes two: '
                         f'python generate_expert_video.py task={cfg.task_name} num_contexts=4 '
@@ -498,8 +497,7 @@ def train(cfg, work_dir: Path):
     step, best, elapsed, scores = 0, float('inf'), 0.0, {}
     if utils.newest_snapshot(path):
         state = utils.load_snapshot(path, 'translator', cfg.task_name, remedy='start a new run')
-        utils.check_same_run(work_dir, {**state['model_args'], **state['made_by']},
-                             {**model_args, **made_by})
+        utils.require_same_run(work_dir, state, {**model_args, **made_by})
         model.load_state_dict(state['model'])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state['optimizers'][name])

@@ -99,13 +99,37 @@ def require_at_least(cfg, minimum: int, *keys: str):
                             f'{key}={minimum} or more.')
 
 
-def check_same_run(work_dir: Path, before: dict, now: dict):
-    """Raises: UserError naming what a run was started with that differs from what it has now."""
-    differs = [key for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key)]
+def require_same(source: str | Path, before: dict, now: dict, remedy: str):
+    """Raises: UserError naming the values `source` was made with that differ from those of `now`.
+
+    Dicts within are compared value by value, as in `scenery.camera.zoom`.
+    """
+    before, now = _flat(before), _flat(now)
+    differs = [f'{key}={_short(before.get(key))}, not {_short(now.get(key))}'
+               for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if differs:
-        raise UserError(f"the run in {work_dir} was started with another {', '.join(differs)}: "
-                        'resume it with the same options and inputs, or start a new run.')
+        raise UserError(f"{source} was made with {'; '.join(differs)}: {remedy}.")
+
+
+def require_same_run(work_dir: Path, last: dict, now: dict):
+    """Raises: UserError where the run's last snapshot was made with other arguments or inputs."""
+    before = last.get('agent_args', {}) | last.get('model_args', {}) | last['made_by']
+    again = f"python {last['command']} hydra.run.dir={work_dir}" if last.get('command') else (
+        'the same options and inputs')
+    require_same(f'the run in {work_dir}', before, now, f'go on with {again}, or start a new run')
+
+
+def _flat(values: dict, prefix: str = '') -> dict:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    parts = [_flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
+             for key, value in values.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _short(value) -> str:
+    """Hashes and long lists cut short."""
+    text = str(value)
+    return text if len(text) <= 40 else f'{text[:12]}...'
 
 
 # ------------------------------------------------------------------------------------------ process
@@ -289,11 +313,8 @@ def require_same_pictures(source: str | Path, there: dict, quality: list | None,
       there: `versions()` as they were there.
       quality: `dmc.QUALITY` or `dmc.CONTEXT_QUALITY` as it was there; `here`: as it is here.
     """
-    for what, before, now in (('MuJoCo', there['mujoco'], versions()['mujoco']),
-                              ('quality', quality, here)):
-        if before != now:
-            raise UserError(f'{source} comes from pictures drawn with {what} {before}, but here '
-                            f'it is {now}: {remedy}.')
+    require_same(source, {'mujoco': there['mujoco'], 'quality': quality},
+                 {'mujoco': versions()['mujoco'], 'quality': here}, remedy)
 
 
 # ---------------------------------------------------------------------------------------- snapshots

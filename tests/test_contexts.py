@@ -23,14 +23,14 @@ def only(*names: str) -> dict:
     return {name: {**SCENERY[name], 'enabled': name in names} for name in SCENERY}
 
 
-def draw(seed: int, scenery=SCENERY, split='seen') -> np.ndarray:
-    return contexts.Scenery(scenery).sample(np.random.default_rng(seed), split)
+def draw(seed: int, scenery=SCENERY, kind='seen') -> np.ndarray:
+    return contexts.Scenery(scenery).sample(np.random.default_rng(seed), kind)
 
 
 def load(name: str, scenery=SCENERY):
     env = suite.load(*dmc.split_name(name), task_kwargs={'random': 1})
     env.reset()
-    return env, contexts.Painter(env.physics.model.ptr, scenery, 0)
+    return env, contexts.Painter(env.physics.model.ptr, contexts.Scenery(scenery), 0)
 
 
 def to_bytes(model: mujoco.MjModel) -> np.ndarray:
@@ -201,25 +201,25 @@ def test_hue_apart_by_hand():
         assert np.minimum(away, 1 - away).min() > 0.12 - 1e-9
 
 
-def test_samples_lie_in_their_split_whatever_is_switched_on():
+def test_samples_are_of_their_kind_whatever_is_switched_on():
     for number in range(1, len(SCENERY) + 1):
         for names in itertools.combinations(SCENERY, number):
             scenery = only(*names)
-            for split in ('seen', 'held_out'):
-                context = draw(number, scenery, split)
-                assert contexts.Scenery(scenery).split_of(context) == split
+            for kind in ('seen', 'held_out'):
+                context = draw(number, scenery, kind)
+                assert contexts.Scenery(scenery).kind_of(context) == kind
                 assert context.shape == (contexts.DIM,) and context.dtype == np.float64
                 assert context.min() >= 0 and context.max() < 1
 
 
-def test_a_split_is_a_quarter_of_all_and_covers_every_cell_it_may():
+def test_held_out_contexts_are_a_quarter_of_all_and_cover_every_cell_it_may():
     rng, scenery = np.random.default_rng(0), contexts.Scenery(SCENERY)
-    share = np.mean([scenery.split_of(rng.random(contexts.DIM)) == 'held_out'
+    share = np.mean([scenery.kind_of(rng.random(contexts.DIM)) == 'held_out'
                      for _ in range(2000)])
     assert 0.22 < share < 0.28
-    for split, cells in ('seen', {1, 2, 3, 5, 6, 7}), ('held_out', {0, 4}):
+    for kind, cells in ('seen', {1, 2, 3, 5, 6, 7}), ('held_out', {0, 4}):
         key = contexts.SLOTS['sky'].start
-        assert {int(8 * contexts.Scenery(only('sky')).sample(rng, split)[key])
+        assert {int(8 * contexts.Scenery(only('sky')).sample(rng, kind)[key])
                 for _ in range(200)} == cells
 
 
@@ -227,8 +227,8 @@ def test_contexts_are_functions_of_the_generator_and_survive_json():
     assert np.array_equal(draw(3), draw(3)) and not np.array_equal(draw(3), draw(4))
     assert np.array_equal(json.loads(json.dumps(draw(3).tolist())), draw(3))
     generators = [np.random.default_rng(0) for _ in range(2)]
-    for rng, split in zip(generators, ('seen', 'held_out'), strict=True):
-        contexts.Scenery(SCENERY).sample(rng, split)
+    for rng, kind in zip(generators, ('seen', 'held_out'), strict=True):
+        contexts.Scenery(SCENERY).sample(rng, kind)
     assert generators[0].random() == generators[1].random()
 
 

@@ -106,8 +106,8 @@ def test_camera_shows_what_the_suite_shows(task, bound):
 
 
 def test_filming_in_contexts_leaves_physics_alone(scenery):
-    rng = np.random.default_rng(0)
-    looks = [contexts.Scenery(scenery).sample(rng, 'seen') for _ in range(2)]
+    rng, scenery = np.random.default_rng(0), contexts.Scenery(scenery)
+    looks = [scenery.sample(rng, 'seen') for _ in range(2)]
     env, plain = dmc.make('reacher_hard', obs='states', scenery=scenery), dmc.make(
         'reacher_hard', obs='states')
     env.reset(episode_seed=5, context=looks[0])

@@ -84,7 +84,7 @@ def test_dataset_is_whole(dataset, snapshot):
             assert (frames[0] != frames[1]).any() and (frames[:, 0] != frames[:, 5]).any()
             assert np.shape(episode['qpos']) == (6, 2)
             for context in episode['contexts']:
-                assert contexts.Scenery(clips.meta['scenery']).split_of(np.array(context)) == look
+                assert contexts.Scenery(clips.meta['scenery']).kind_of(np.array(context)) == look
 
 
 def test_demonstrations_keep_no_actions_and_play_keeps_no_rewards(dataset):
@@ -106,7 +106,7 @@ def test_demonstrations_keep_no_actions_and_play_keeps_no_rewards(dataset):
 def test_poses_belong_to_the_frames_and_actions_lead_from_one_to_the_next(dataset, snapshot, split):
     clips = video.Clips(dataset / split)
     agent, env_args = script.load_expert(snapshot, 'reacher_easy')
-    env = dmc.make('reacher_easy', scenery=clips.meta['scenery'], **env_args)
+    env = dmc.make('reacher_easy', scenery=contexts.Scenery(clips.meta['scenery']), **env_args)
     episode, frames = clips.episode(1), clips.frames(1)[0]
     time_step = env.reset(episode_seed=episode['episode_seed'],
                           context=np.array(episode['contexts'][0]))
@@ -167,7 +167,7 @@ def test_an_imitator_goes_on_with_play_from_demonstrated_starts(dataset, snapsho
         assert episode['player_sha256'] == sha256 and 'player_sha256' not in clips.episode(0)
         assert episode['episode_seed'] in [demos.episode(k)['episode_seed']
                                            for k in range(len(demos))]
-        env = dmc.make('reacher_easy', scenery=clips.meta['scenery'], **ENV_ARGS)
+        env = dmc.make('reacher_easy', scenery=contexts.Scenery(clips.meta['scenery']), **ENV_ARGS)
         env.reset(episode_seed=episode['episode_seed'], context=np.array(episode['contexts'][1]))
         for t in range(6):
             assert env.qpos().tolist() == episode['qpos'][t]
@@ -243,7 +243,7 @@ def test_an_episode_can_be_entered_again(dataset, snapshot):
     """Same start, and so the same film, from an environment that has done other things before."""
     clips = video.Clips(dataset / 'train')
     agent, env_args = script.load_expert(snapshot, 'reacher_easy')
-    env = dmc.make('reacher_easy', scenery=clips.meta['scenery'], **env_args)
+    env = dmc.make('reacher_easy', scenery=contexts.Scenery(clips.meta['scenery']), **env_args)
     env.reset()
     env.step(np.ones(2, np.float32))
     starts = []
@@ -269,7 +269,7 @@ def test_episodes_are_functions_of_seed_split_and_number():
         for i in range(50):
             episode_seed, looks = script.draw_episode(1, split, i, 3, scenery)
             assert looks.shape == (3, contexts.DIM)
-            assert {scenery.split_of(each) for each in looks} == {look}
+            assert {scenery.kind_of(each) for each in looks} == {look}
             assert episode_seed % 2 == (look == 'held_out')
             drawn[split, i] = episode_seed
     assert len(set(drawn.values())) == 200 and all(seed < 2**32 for seed in drawn.values())
