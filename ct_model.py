@@ -193,7 +193,7 @@ class PoseCode(nn.Module):
       the action out of it, so that distances follow what the agent can do.
 
     What is predicted of z1 are linear discriminants: the directions with the largest ratio of
-    variance within clips to disagreement between contexts.
+    variance within episodes to disagreement between contexts.
     """
 
     def __init__(self, z_dim: int, code_dim: int, action_dim: int, num_targets: int = 32,
@@ -218,13 +218,13 @@ class PoseCode(nn.Module):
     def fit_scales(self, z: torch.Tensor, z2: torch.Tensor):
         """Set the scales of z1 and z2, and the discriminants, from a dataset's features.
 
-        Args: z (N, C, T, Z), z2 (N, C, Z), of N clips in C >= 2 contexts.
+        Args: z (N, C, T, Z), z2 (N, C, Z), of N episodes in C >= 2 contexts.
         """
         for scale, values in ((self.z_scale, z), (self.z2_scale, z2)):
             values = values.flatten(0, -2)
             scale.copy_(torch.stack([values.mean(0), values.std(0) + 1e-4]))
         moved = self._scaled(z, self.z_scale)
-        moved = (moved - moved.mean(2, keepdim=True)).double()      # what changes within a clip
+        moved = (moved - moved.mean(2, keepdim=True)).double()      # within an episode
         noise = (moved[:, 0] - moved[:, 1]).flatten(0, 1)
         noise = noise.T @ noise / len(noise)
         noise += 1e-3 * noise.trace() / len(noise) * torch.eye(len(noise)).to(noise)

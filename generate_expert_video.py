@@ -288,8 +288,8 @@ def generate(cfg):
     still = SimpleNamespace(act=lambda *_, **__: np.zeros(env.action_spec().shape))
     film(env, still, [], cfg.episode_len, episode_seed=0, looks=[])
     env.camera(16)  # and so does an OpenGL that does not work
-    clip_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
-    utils.check_disk(cfg.out_dir, sum(order.num_missing for order in orders) * clip_bytes,
+    episode_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
+    utils.check_disk(cfg.out_dir, sum(order.num_missing for order in orders) * episode_bytes,
                      'the dataset', 'set num_train or num_contexts lower')
 
     with only_one_at_work(Path(cfg.out_dir)):
@@ -352,7 +352,7 @@ def film_all(cfg, jobs: list[tuple[str, int]], total: int):
     """Share the jobs, (split, i) each, out to processes. Those begun are finished on Ctrl-C."""
     num_workers = cfg.num_workers or min(len(os.sched_getaffinity(0)), 8)
     done = total - len(jobs)
-    progress = Progress(total, 'clip', done)
+    progress = Progress(total, 'episode', done)
     pool = open_pool(cfg, min(num_workers, len(jobs)))
     try:
         for _ in pool.map(make_episode, *zip(*jobs, strict=True)):

@@ -27,7 +27,7 @@ class Progress:
         """
         Args:
           total: units that make the whole job.
-          unit: one of them, in the singular: 'frame', 'clip'.
+          unit: one of them, in the singular: 'frame', 'episode'.
           done: units that an earlier run has made; they do not count for the speed.
           clock: monotonic seconds; tests hand in their own.
           stream: where to write; None is stdout.

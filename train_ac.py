@@ -89,7 +89,6 @@ def check_all_settings(cfg):
     utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames')
     utils.require_at_least(cfg, 0, 'max_shift', 'num_pretrain_updates')
     utils.require_at_least(cfg, 1 if cfg.w_clone else 0, 'num_play')
-    utils.set_precision(cfg.precision)
     for one, other in (('w_feature', 'w_img'), ('w_critic', 'w_clone')):
         if min(cfg[one], cfg[other]) < 0 or not cfg[one] + cfg[other]:
             raise UserError(f'{one} and {other} must not be negative, nor both 0: set {one}=1.')
@@ -146,7 +145,7 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
     splits = {}
     for split, limit in limits.items():
         splits[split] = clips = video.Clips(root / split, cfg.task_name, im_size,
-                                            dmc.CONTEXT_QUALITY, max_clips=limit)
+                                            dmc.CONTEXT_QUALITY, max_episodes=limit)
         if clips.meta['num_contexts'] < 2:
             raise UserError(f'{clips.root} shows each episode in one context only; one more is '
                             'needed for the agent: python generate_expert_video.py '
@@ -161,6 +160,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     Raises: UserError for bad settings, translator or videos, before anything is trained.
     """
     check_all_settings(cfg)
+    utils.set_precision(cfg.precision)
     model, scores = load_translator(cfg.snapshot, cfg.task_name, cfg.recipe,
                                     utils.pick_device(cfg.device), cfg.precision)
     if model.code:

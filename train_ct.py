@@ -119,7 +119,7 @@ class FeatureWindows:
         self._actions = torch.tensor(actions, device=device)          # (N, T, A)
 
     def all(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> z1 (N, C, T+1, Z) and z2 (N, C, Z) of all clips."""
+        """-> z1 (N, C, T+1, Z) and z2 (N, C, Z) of all episodes."""
         return tuple(torch.cat(parts) for parts in zip(*self._features.values(), strict=True))
 
     def sample(self, batch_size: int) -> list[torch.Tensor]:
@@ -127,9 +127,9 @@ class FeatureWindows:
         play."""
         parts, actions = [], None
         for name, (z, z2) in self._features.items():
-            num_clips, num_contexts, num_frames = z.shape[:3]
+            num_episodes, num_contexts, num_frames = z.shape[:3]
             n = batch_size // 2
-            i = torch.randint(num_clips, (n,), device=z.device)
+            i = torch.randint(num_episodes, (n,), device=z.device)
             source = torch.randint(num_contexts, (n,), device=z.device)
             target = torch.randint(1, num_contexts, (n,), device=z.device) + source
             target %= num_contexts
@@ -399,7 +399,6 @@ def check_settings(cfg):
     utils.require_at_least(cfg, 0, 'seed')
     utils.require_at_least(cfg, 1, 'num_train_steps', 'batch_size', 'frames_per_clip', 'log_every',
                            'eval_every', 'snapshot_every', 'num_eval_clips')
-    utils.set_precision(cfg.precision)
     utils.schedule(cfg.lr, 0)
     weights = cfg.weights
     for name, share in (('weights.foreground', weights.foreground), ('play_share', cfg.play_share)):
@@ -462,6 +461,7 @@ def train(cfg, work_dir: Path):
     Raises: UserError for bad settings or data, before anything is written.
     """
     check_settings(cfg)
+    utils.set_precision(cfg.precision)
     device = utils.pick_device(cfg.device)
     splits = open_splits(cfg)
     clips = splits['train']

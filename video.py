@@ -177,14 +177,14 @@ class Clips:
       root: the split's folder, e.g. videos/reacher_hard/train.
       task, im_size, quality: what the videos must be of, see `dmc.CONTEXT_QUALITY`; None takes
         any.
-      max_clips: how many episodes to open at most.
+      max_episodes: how many episodes to open at most.
 
     Raises: UserError where something is missing, damaged or of another task, size or format; the
       sentence has the folder or file and the remedy.
     """
 
     def __init__(self, root: str | Path, task: str | None = None, im_size: int | None = None,
-                 quality: list | None = None, max_clips: int | None = None):
+                 quality: list | None = None, max_episodes: int | None = None):
         self.root = Path(root)
         command = f"python generate_expert_video.py task={task or '<task>'}"
         if not (self.root / 'meta.json').exists():
@@ -208,7 +208,7 @@ class Clips:
             raise UserError(f"{self.root} lacks some of its {meta['num_episodes']} episodes, since "
                             f'filming was interrupted: {command} goes on with it, given the same '
                             'options.')
-        self._paths = [frames_path(self.root, i) for i in episode_numbers(self.root)[:max_clips]]
+        self._paths = [frames_path(self.root, i) for i in episode_numbers(self.root)[:max_episodes]]
         size = meta['im_size']
         self._shape = (meta['num_contexts'], meta['episode_len'] + 1, size, size, 3)
         self._episodes = [read_json(path.with_suffix('.json')) for path in self._paths]
