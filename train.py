@@ -51,16 +51,6 @@ class Inline(Executor):
         return future
 
 
-def load_last(work_dir: Path, kind: str, task_name: str) -> dict | None:
-    """The newest snapshot of the run in this folder, if it has one.
-
-    Raises: UserError for one that is damaged, or of another kind or task.
-    """
-    path = work_dir / 'snapshot.pt'
-    return (utils.load_snapshot(path, kind, task_name, remedy='start a new run')
-            if utils.newest_snapshot(path) else None)
-
-
 class Workspace:
     """One run in one folder, which goes on from its last snapshot when started again there."""
 
@@ -72,7 +62,7 @@ class Workspace:
           agent_args: constructor arguments of `agent_class` but for the device; kept in the
             snapshot, so that the agent can be made again from that alone.
           made_by: plain values to keep in the snapshot: where inputs came from.
-          last: the snapshot to go on from, see `load_last`.
+          last: the snapshot to go on from, see `utils.load_last`.
           overlap: run the update in a thread beside the environment's step, one core each. It pays
             where both take about as long and spend little time in Python (its global lock).
 
@@ -97,9 +87,10 @@ class Workspace:
         if overlap:
             torch.set_num_threads(1)
         self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
-        # In rows. An episode has one more than steps: at worst, if it has one step, twice as many.
+        # In rows, so that a run can go on from the last snapshot but one. An episode has one more
+        # than steps: at worst, if it has one step, twice as many.
         between = min(cfg.snapshot_every_frames, cfg.num_train_frames) // cfg.action_repeat
-        slack = 2 * (between + LONGEST_EPISODE)
+        slack = 4 * (between + LONGEST_EPISODE)
         capacity = min(cfg.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
         obs_spec = train_env.observation_spec()
         self.replay_buffer = ReplayBuffer(
@@ -282,7 +273,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                       action_dim=train_env.action_spec().shape[0])
     return Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent, agent_args,
                      {'env_args': env_args(cfg), 'quality': dmc.QUALITY},
-                     load_last(work_dir, 'expert', cfg.task_name))
+                     utils.load_last(work_dir, 'expert', cfg.task_name))
 
 
 @utils.main('train', dmc.task_names())

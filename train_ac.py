@@ -22,7 +22,7 @@ from ac_agent import (
     load_translator,
     make_env,
 )
-from train import Workspace, check_action_repeat, check_settings, load_last
+from train import Workspace, check_action_repeat, check_settings
 from utils import UserError
 
 # Scores of a translator with which imitation has worked, and 1 where more is better, -1 where less.
@@ -168,7 +168,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     splits = open_videos(cfg, model.im_size)
 
     # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
-    last = load_last(work_dir, 'imitator', cfg.task_name)
+    last = utils.load_last(work_dir, 'imitator', cfg.task_name)
     demos = Demonstrations(model, splits['train'], last and last['made_by'].get('scale'))
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
     layout = Layout(model.feature_dim, cfg.num_frames, tuple(cfg.lookahead))

@@ -495,8 +495,8 @@ def train(cfg, work_dir: Path):
     made = {'model_args': model_args, 'made_by': made_by}
     path, best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'
     step, best, elapsed, scores = 0, float('inf'), 0.0, {}
-    if utils.newest_snapshot(path):
-        state = utils.load_snapshot(path, 'translator', cfg.task_name, remedy='start a new run')
+    state = utils.load_last(work_dir, 'translator', cfg.task_name)
+    if state:
         utils.require_same_run(work_dir, state, {**model_args, **made_by})
         model.load_state_dict(state['model'])
         for name, optimizer in optimizers.items():

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -290,6 +291,11 @@ def atomic_write(path: str | Path):
         with open(tmp, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(tmp, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # else a power cut could undo the renaming
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -357,6 +363,9 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
     if found is None:
         raise UserError(f"there is no {kind or 'snapshot'} at {path}: {remedy}.")
     try:
+        with zipfile.ZipFile(found) as archive:  # torch.load does not compare the checksums
+            if changed := archive.testzip():
+                raise zipfile.BadZipFile(changed)
         payload = torch.load(found, map_location='cpu', weights_only=True)
     except Exception as error:  # what a damaged file raises is as varied as the damage
         raise UserError(f'{found} is damaged, or holds code instead of tensors and plain values '
@@ -369,6 +378,27 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
     if task is not None and payload['task'] != task:
         raise UserError(f"{found} is for task {payload['task']}, not {task}: {remedy}.")
     return payload
+
+
+def load_last(work_dir: Path, kind: str, task: str) -> dict | None:
+    """Return the newest snapshot of the run in this folder, if it has one.
+
+    Where that is damaged, the one before takes its place.
+
+    Raises: UserError where none can be read, or it is of another kind or task.
+    """
+    path = work_dir / 'snapshot.pt'
+    if not newest_snapshot(path):
+        return None
+    try:
+        return load_snapshot(path, kind, task, remedy='start a new run')
+    except UserError as error:
+        if not (path.exists() and previous(path).exists()):
+            raise
+        last = load_snapshot(previous(path), kind, task, remedy='start a new run')
+        os.replace(previous(path), path)
+        print(f'warning: {error} The run goes on from the snapshot before it.', file=sys.stderr)
+        return last
 
 
 def slim(source: str | Path, target: str | Path):

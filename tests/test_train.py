@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import train
 import utils
 from drqv2 import DrQV2Agent
-from train import Workspace, load_last
+from train import Workspace
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def make(work_dir, pixels, env=None, **changes):
     work_dir.mkdir(exist_ok=True)
     return Workspace(OmegaConf.merge(CFG, changes), work_dir, 'expert', env,
                      FakeEnv(pixels=pixels), DrQV2Agent, agent_args, {'seed': 1},
-                     load_last(work_dir, 'expert', CFG.task_name))
+                     utils.load_last(work_dir, 'expert', CFG.task_name))
 
 
 def weights(work_dir, kind='expert'):
@@ -56,17 +56,23 @@ def weights(work_dir, kind='expert'):
             for name, value in agent[part].items()}
 
 
+@pytest.mark.parametrize('damaged', [False, True], ids=['', 'damaged'])
 @pytest.mark.parametrize('pixels, changes', [
     (False, {}), (True, {}), (False, {'replay_buffer_size': 60, 'snapshot_every_frames': 100})])
-def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels, changes,
-                                                               monkeypatch):
+def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels, changes, damaged,
+                                                               monkeypatch, capsys):
+    """Also where the newest snapshot is damaged: from the one before it."""
     if changes:  # the ring goes round: no more than what is needed may lie beyond its capacity
         monkeypatch.setattr(train, 'LONGEST_EPISODE', 11)
     make(tmp_path / 'whole', pixels, **changes).train()
     with pytest.raises(Killed):
         make(tmp_path / 'killed', pixels, DyingEnv(pixels, 157), **changes).train()
+    if damaged:
+        newest = tmp_path / 'killed/snapshot.pt'
+        newest.write_bytes(newest.read_bytes()[:-100])
     resumed = make(tmp_path / 'killed', pixels, **changes)
-    assert 0 < resumed.global_step < 157
+    assert 0 < resumed.global_step < (110 if damaged else 157)
+    assert ('goes on from the snapshot before it' in capsys.readouterr().err) == damaged
     resumed.train()
     whole, again = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
     assert whole.keys() == again.keys()
@@ -169,7 +175,7 @@ def test_other_sizes_are_refused_on_resume(tmp_path):
         env = FakeEnv()
         args = dict(obs_shape=[5], action_dim=2, hidden_dim=32, num_expl_steps=20)
         Workspace(CFG, tmp_path, 'expert', env, env, DrQV2Agent, args, {},
-                  load_last(tmp_path, 'expert', CFG.task_name))
+                  utils.load_last(tmp_path, 'expert', CFG.task_name))
 
 
 @pytest.mark.parametrize('key', ['num_train_frames', 'batch_size', 'nstep', 'num_eval_episodes'])

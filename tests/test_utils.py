@@ -95,6 +95,17 @@ def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
     assert not (tmp_path / 'hacked').exists()
 
 
+def test_a_changed_byte_is_found(tmp_path):
+    path = tmp_path / 'snapshot.pt'
+    utils.save_snapshot(path, 'expert', 'reacher_hard', {
+        'made_by': {}, 'agent': {'w': torch.arange(1000.0)}})
+    whole = path.read_bytes()
+    for at in whole.index(torch.arange(500.0, 510.0).numpy().tobytes()), len(whole) // 3:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        with pytest.raises(UserError, match='damaged'):
+            utils.load_snapshot(path, 'expert')
+
+
 def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, 'command', lambda: 'train.py seed=2')
     made = {'agent_args': {'obs_shape': [6]}, 'made_by': {}, 'global_step': 5}
