@@ -95,6 +95,23 @@ def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
     assert not (tmp_path / 'hacked').exists()
 
 
+def test_what_differs_is_named_with_both_values():
+    before = {'seed': 1, 'sha256': 'a' * 64, 'scenery': {'camera': {'zoom': [1, 2]}}, 'same': 0}
+    now = {'seed': 2, 'sha256': 'b' * 64, 'scenery': {'camera': {'zoom': [1, 3]}}, 'same': 0}
+    utils.require_same('it', before, dict(before), 'do this')
+    with pytest.raises(UserError) as raised:
+        utils.require_same('it', before, now, 'do this')
+    assert str(raised.value) == (
+        'it was made with scenery.camera.zoom=[1, 2], not [1, 3]; seed=1, not 2; '
+        'sha256=aaaaaaaaaaaa..., not bbbbbbbbbbbb...: do this.')
+
+
+def test_a_run_that_differs_is_told_its_command(tmp_path):
+    last = {'made_by': {'seed': 1}, 'agent_args': {'lr': 1}, 'command': 'train.py task=a seed=1'}
+    with pytest.raises(UserError, match=f'train.py task=a seed=1 hydra.run.dir={tmp_path}, or'):
+        utils.require_same_run(tmp_path, last, {'seed': 2, 'lr': 1})
+
+
 def test_a_changed_byte_is_found(tmp_path):
     path = tmp_path / 'snapshot.pt'
     utils.save_snapshot(path, 'expert', 'reacher_hard', {
