@@ -334,13 +334,28 @@ def save_snapshot(path: str | Path, kind: str, task: str, payload: dict):
     Args:
       kind: what it is a snapshot of: 'expert', 'translator' or 'imitator'.
       payload: state dicts, constructor arguments, counters, RNG states.
+
+    Raises: UserError where a weight is nan or infinite; nothing is written then.
     """
     path = Path(path)
+    if not _all_finite([payload.get('agent'), payload.get('model')]):
+        last = newest_snapshot(path)
+        raise UserError(f'weights became nan or infinite, so they were not saved to {path}'
+                        f"{f' ({last} is from before)' if last else ''}: start a new run with a "
+                        'lower lr.')
     with atomic_write(path) as tmp:
         torch.save({'format': FORMAT, 'kind': kind, 'task': task, 'versions': versions(),
                     'command': command(), 'machine': machine(), **payload}, tmp)
         if path.exists():
             os.replace(path, previous(path))
+
+
+def _all_finite(values) -> bool:
+    if isinstance(values, torch.Tensor):
+        return bool(values.isfinite().all())
+    if isinstance(values, dict | list):
+        return all(map(_all_finite, values.values() if isinstance(values, dict) else values))
+    return True
 
 
 def previous(path: Path) -> Path:

@@ -1,4 +1,5 @@
 import ast
+import functools
 import graphlib
 import os
 import pickle
@@ -121,6 +122,18 @@ def test_a_changed_byte_is_found(tmp_path):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
         with pytest.raises(UserError, match='damaged'):
             utils.load_snapshot(path, 'expert')
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
+    path = tmp_path / 'snapshot.pt'
+    save = functools.partial(utils.save_snapshot, path, 'expert', 'reacher_hard')
+    state = {'made_by': {}, 'agent': {'actor': {'w': torch.ones(3)}, 'num_updates': 5}}
+    save(state)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f'{path} is from before.*lower lr'):
+        save({**state, 'agent': {'actor': {'w': torch.tensor([1.0, bad])}}})
+    assert path.read_bytes() == before and not list(tmp_path.glob('.tmp*'))
 
 
 def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
