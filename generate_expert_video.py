@@ -9,8 +9,6 @@ random play depend on (seed, split, i) alone, an imitator's play on the imitator
 number of workers does not change the dataset, and an interrupted generation can go on or be
 extended.
 """
-import contextlib
-import fcntl
 import functools
 import multiprocessing
 import os
@@ -292,7 +290,7 @@ def generate(cfg):
     utils.check_disk(cfg.out_dir, sum(order.num_missing for order in orders) * episode_bytes,
                      'the dataset', 'set num_train or num_contexts lower')
 
-    with only_one_at_work(Path(cfg.out_dir)):
+    with utils.only_one_at_work(Path(cfg.out_dir), 'out_dir'):
         fill(cfg, orders)
 
 
@@ -310,22 +308,6 @@ def check_player(cfg, orders: list[Order]):
                         f'player={cfg.player} has nothing to do: set num_play higher.')
     for order in play:
         load_player(cfg, SPLITS[order.name].contexts)
-
-
-@contextlib.contextmanager
-def only_one_at_work(folder: Path):
-    """Raises: UserError where another process is filming into the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # the folder itself: nothing is left behind
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f'another process is filming into {folder}: wait for it, or set '
-                            'out_dir to another folder.') from error
-        yield
-    finally:
-        os.close(lock)
 
 
 def fill(cfg, orders: list[Order]):

@@ -278,8 +278,9 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
 
 @utils.main('train', dmc.task_names())
 def main(cfg):
-    workspace = make_workspace(cfg, utils.work_dir())
-    workspace.train()
+    with utils.only_one_at_work(utils.work_dir()):
+        workspace = make_workspace(cfg, utils.work_dir())
+        workspace.train()
     print(f'snapshot: {workspace.snapshot_path}\n'
           f'to film it: python utils.py slim {workspace.snapshot_path} '
           f'experts/{cfg.task_name}.pt && '

@@ -193,9 +193,10 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
 
 @utils.main('train_ac', dmc.task_names())
 def main(cfg):
-    workspace = make_workspace(cfg, utils.work_dir())
-    workspace.train()
-    print(f'snapshot: {workspace.snapshot_path}\n{report(workspace)}')
+    with utils.only_one_at_work(utils.work_dir()):
+        workspace = make_workspace(cfg, utils.work_dir())
+        workspace.train()
+        print(f'snapshot: {workspace.snapshot_path}\n{report(workspace)}')
 
 
 if __name__ == '__main__':

@@ -592,7 +592,8 @@ def measure_code(model: ContextTranslator, splits: dict[str, video.Clips], autoc
 @utils.main('train_ct', dmc.task_names())
 def main(cfg):
     work_dir = utils.work_dir()
-    train(cfg, work_dir)
+    with utils.only_one_at_work(work_dir):
+        train(cfg, work_dir)
     print(f'snapshot: {work_dir / "best.pt"}\n'
           f'next: python utils.py slim {work_dir / "best.pt"} ct/{cfg.task_name}.pt && '
           f'python train_ac.py task={cfg.task_name} data_dir={cfg.data_dir}'

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -298,6 +299,25 @@ def atomic_write(path: str | Path):
             os.close(folder)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
+    """Hold the folder for this process; `option` names another.
+
+    Raises: UserError where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # the folder itself: nothing is left behind
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f'another process is at work in {folder}: wait for it, or set '
+                            f'{option} to another folder.') from error
+        yield
+    finally:
+        os.close(lock)
 
 
 def sha256(snapshot: str | Path) -> str:

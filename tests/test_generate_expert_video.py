@@ -437,7 +437,7 @@ def test_interrupted(snapshot, tmp_path, sig):
 
 
 def test_two_generations_do_not_share_a_folder(dataset, snapshot):
-    with script.only_one_at_work(dataset), pytest.raises(utils.UserError, match='another process'):
+    with utils.only_one_at_work(dataset), pytest.raises(utils.UserError, match='another process'):
         script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=3'))
     assert len(video.episode_numbers(dataset / 'train')) == 2
 

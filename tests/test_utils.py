@@ -187,6 +187,17 @@ def test_scripts_end_with_one_sentence_and_code_2(tmp_path, overrides, words):
     assert all(word in line for word in words)
 
 
+@pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])
+def test_two_runs_do_not_share_a_folder(script, tmp_path):
+    with utils.only_one_at_work(tmp_path):
+        run = subprocess.run([sys.executable, ROOT / f'{script}.py', f'hydra.run.dir={tmp_path}'],
+                             capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert f'error: another process is at work in {tmp_path}: wait for it, or set' in run.stderr
+    with utils.only_one_at_work(tmp_path):  # it is free again
+        pass
+
+
 def test_imports_run_downward():
     """No module imports, at whatever depth, one that imports it."""
     modules = {path.stem: path for path in ROOT.glob('*.py')}
