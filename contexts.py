@@ -89,7 +89,7 @@ class Scenery:
         return tuple(span)
 
     def kind_of(self, context: np.ndarray) -> Kind:
-        """Whether a context is held out: a function of its values and of the switches alone.
+        """Return 'seen' or 'held_out': a function of a context's values and of the switches alone.
 
         The key of every enabled factor is quantised to 8 cells; the context is held out where the
         sum of the cells is a multiple of 4. So no context is of both kinds, a quarter is held out,

@@ -274,23 +274,22 @@ def generate(cfg):
     # What would fail in every worker fails here: a wrong scenery, or episodes that are too short.
     env = dmc.make(cfg.task_name, scenery=contexts.Scenery(cfg.scenery),
                    **{**env_args, 'obs': 'states'})
-    orders = []
-    for name in SPLITS:
-        if cfg[f'num_{name}']:
-            root, meta = Path(cfg.out_dir) / name, describe(cfg, name, env_args, env.joints())
-            check_same_settings(root, meta)
-            orders.append(Order(name, root, cfg[f'num_{name}'], meta,
-                                set(video.episode_numbers(root))))
-    if cfg.player:
-        check_player(cfg, orders)
     still = SimpleNamespace(act=lambda *_, **__: np.zeros(env.action_spec().shape))
     film(env, still, [], cfg.episode_len, episode_seed=0, looks=[])
     env.camera(16)  # and so does an OpenGL that does not work
-    episode_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
-    utils.check_disk(cfg.out_dir, sum(order.num_missing for order in orders) * episode_bytes,
-                     'the dataset', 'set num_train or num_contexts lower')
-
     with utils.only_one_at_work(Path(cfg.out_dir), 'out_dir'):
+        orders = []
+        for name in SPLITS:
+            if cfg[f'num_{name}']:
+                root, meta = Path(cfg.out_dir) / name, describe(cfg, name, env_args, env.joints())
+                check_same_settings(root, meta)
+                orders.append(Order(name, root, cfg[f'num_{name}'], meta,
+                                    set(video.episode_numbers(root))))
+        if cfg.player:
+            check_player(cfg, orders)
+        episode_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
+        utils.check_disk(cfg.out_dir, sum(order.num_missing for order in orders) * episode_bytes,
+                         'the dataset', 'set num_train or num_contexts lower')
         fill(cfg, orders)
 
 

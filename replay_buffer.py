@@ -19,21 +19,23 @@ class ReplayBuffer:
     never cross episodes and the last steps of a short horizon are learned as well.
 
     The rows are memory-mapped files: the page cache decides how much stays in memory, and snapshots
-    need not copy them. `slack` rows beyond `capacity` keep what a run that goes back
-    to its last snapshot still has to sample.
+    need not copy them. `slack` rows beyond `capacity` keep what a run that goes back to its last
+    snapshot, or the one before, still has to sample.
     """
 
     def __init__(self, root: Path, obs_spec: specs.Array, action_spec: specs.Array, capacity: int,
                  nstep: int, discount: float, frame_stack: int = 1, slack: int = 0, seed: int = 0,
-                 device: torch.device | str = 'cpu'):
+                 device: torch.device | str = 'cpu', resume: bool = False):
         """
         Args:
           obs_spec: of the stacked observation; its first axis is `frame_stack` frames.
           capacity: rows to sample from; an episode takes one more than it has steps.
-          slack: at least the steps between two snapshots and one episode.
+          slack: at least the rows between a snapshot and the next but one, and of one episode.
+          resume: go on with the files that are there; otherwise they are made anew.
 
         Raises:
-          UserError: the disk is too small for the files.
+          UserError: the disk is too small for the files, or those to go on with are gone or of
+            other sizes. Nothing is changed then.
         """
         self._nstep, self._discount, self._stack = nstep, discount, frame_stack
         self._capacity, self._device = capacity, torch.device(device)
@@ -50,16 +52,21 @@ class ReplayBuffer:
         there = sum(path.stat().st_blocks * 512 for path in self._root.glob('*.npy'))
         utils.check_disk(self._root, self._size * row_bytes - there, 'the replay buffer',
                          'set replay_buffer_size lower')
-        self._root.mkdir(parents=True, exist_ok=True)
-        self._rows, self._fresh = {}, False
+        self._rows = {}
         for name, (shape, dtype) in layout.items():
             path, shape = self._root / f'{name}.npy', (self._size, *shape)
+            if not resume:
+                self._root.mkdir(parents=True, exist_ok=True)
+                self._rows[name] = np.lib.format.open_memmap(path, 'w+', dtype, shape)
+                continue
             try:
-                rows = np.lib.format.open_memmap(path, 'r+')
+                rows = np.lib.format.open_memmap(path, 'r')  # 'r+' would lengthen a short file
                 if rows.shape != shape or rows.dtype != dtype:
                     raise ValueError
+                rows = np.lib.format.open_memmap(path, 'r+')
             except (OSError, ValueError):  # not there, cut short, or of other settings
-                rows, self._fresh = np.lib.format.open_memmap(path, 'w+', dtype, shape), True
+                raise UserError(f'the replay buffer that belongs in {self._root} is gone, as after '
+                                'a finished run, or of other sizes: start a new run.') from None
             self._rows[name] = rows
         self._end = 0     # rows of whole episodes ever written
         self._cursor = 0  # rows ever written
@@ -133,14 +140,7 @@ class ReplayBuffer:
         return {'end': self._end, 'rng': self._rng.bit_generator.state}
 
     def load_state_dict(self, state: dict):
-        """Go back to a state; rows written since are not seen, and written again.
-
-        Raises:
-          UserError: the folder did not hold the ring that `state` speaks of.
-        """
-        if self._fresh and state['end']:
-            raise UserError(f'the replay buffer that belongs in {self._root} is gone, as after a '
-                            'finished run, or of other sizes: start a new run.')
+        """Go back to a state; rows written since are not seen, and written again."""
         self._end = self._cursor = state['end']
         self._rng.bit_generator.state = state['rng']
 

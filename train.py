@@ -87,8 +87,8 @@ class Workspace:
         if overlap:
             torch.set_num_threads(1)
         self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
-        # In rows, so that a run can go on from the last snapshot but one. An episode has one more
-        # than steps: at worst, if it has one step, twice as many.
+        # Rows enough to go back to the last snapshot but one. An episode has one row more than
+        # steps: at worst, if it has one step, twice as many.
         between = min(cfg.snapshot_every_frames, cfg.num_train_frames) // cfg.action_repeat
         slack = 4 * (between + LONGEST_EPISODE)
         capacity = min(cfg.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
@@ -96,7 +96,7 @@ class Workspace:
         self.replay_buffer = ReplayBuffer(
             work_dir / 'buffer', obs_spec, train_env.action_spec(), capacity, cfg.nstep,
             cfg.discount, cfg.frame_stack if len(obs_spec.shape) == 3 else 1, slack, cfg.seed,
-            device)
+            device, resume=bool(last) and last['global_step'] < self.num_train_steps)
         self.elapsed, self.last_eval_step = 0.0, None
         self.evaluations = []  # [frame, mean return, standard deviation]
         if last:

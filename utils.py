@@ -29,6 +29,10 @@ class UserError(Exception):
     """Bad input: one sentence that says what is wrong, where, and the remedy."""
 
 
+class Damaged(UserError):
+    """A file that is not as it was written."""
+
+
 def main(config_name: str, task_names: Sequence[str]):
     """`hydra.main` for the scripts: any of these tasks by name, and errors in one sentence.
 
@@ -116,8 +120,8 @@ def require_same(source: str | Path, before: dict, now: dict, remedy: str):
 def require_same_run(work_dir: Path, last: dict, now: dict):
     """Raises: UserError where the run's last snapshot was made with other arguments or inputs."""
     before = last.get('agent_args', {}) | last.get('model_args', {}) | last['made_by']
-    again = f"python {last['command']} hydra.run.dir={work_dir}" if last.get('command') else (
-        'the same options and inputs')
+    again = (f"python {last['command']} hydra.run.dir={shlex.quote(str(work_dir))} and the same "
+             'inputs' if last.get('command') else 'the same options and inputs')
     require_same(f'the run in {work_dir}', before, now, f'go on with {again}, or start a new run')
 
 
@@ -129,9 +133,8 @@ def _flat(values: dict, prefix: str = '') -> dict:
 
 
 def _short(value) -> str:
-    """Hashes and long lists cut short."""
-    text = str(value)
-    return text if len(text) <= 40 else f'{text[:12]}...'
+    """A hash's beginning, anything else whole."""
+    return f'{value[:12]}...' if re.fullmatch('[0-9a-f]{64}', str(value)) else str(value)
 
 
 # ------------------------------------------------------------------------------------------ process
@@ -294,7 +297,8 @@ def atomic_write(path: str | Path):
         os.replace(tmp, path)
         folder = os.open(path.parent, os.O_RDONLY)  # else a power cut could undo the renaming
         try:
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # some network file systems cannot
+                os.fsync(folder)
         finally:
             os.close(folder)
     finally:
@@ -303,12 +307,15 @@ def atomic_write(path: str | Path):
 
 @contextlib.contextmanager
 def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
-    """Hold the folder for this process; `option` names another.
+    """Hold the folder for this process; one that stays empty is not left behind.
+
+    Args:
+      option: the setting with which to choose another folder.
 
     Raises: UserError where another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # the folder itself: nothing is left behind
+    lock = os.open(folder, os.O_RDONLY)  # the folder itself
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -318,6 +325,8 @@ def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
         yield
     finally:
         os.close(lock)
+        with contextlib.suppress(OSError):  # it has files
+            folder.rmdir()
 
 
 def sha256(snapshot: str | Path) -> str:
@@ -362,7 +371,7 @@ def save_snapshot(path: str | Path, kind: str, task: str, payload: dict):
         last = newest_snapshot(path)
         raise UserError(f'weights became nan or infinite, so they were not saved to {path}'
                         f"{f' ({last} is from before)' if last else ''}: start a new run with a "
-                        'lower lr.')
+                        'lower learning rate.')
     with atomic_write(path) as tmp:
         torch.save({'format': FORMAT, 'kind': kind, 'task': task, 'versions': versions(),
                     'command': command(), 'machine': machine(), **payload}, tmp)
@@ -402,8 +411,10 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
             if changed := archive.testzip():
                 raise zipfile.BadZipFile(changed)
         payload = torch.load(found, map_location='cpu', weights_only=True)
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:  # what a damaged file raises is as varied as the damage
-        raise UserError(f'{found} is damaged, or holds code instead of tensors and plain values '
+        raise Damaged(f'{found} is damaged, or holds code instead of tensors and plain values '
                         f'({type(error).__name__}): remove it and {remedy}.') from error
     if (not isinstance(payload, dict) or payload.get('format') != FORMAT
             or not {'kind', 'task', 'made_by'} <= payload.keys()):
@@ -418,7 +429,7 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
 def load_last(work_dir: Path, kind: str, task: str) -> dict | None:
     """Return the newest snapshot of the run in this folder, if it has one.
 
-    Where that is damaged, the one before takes its place.
+    Where that is damaged, it is set aside, and the one before is returned.
 
     Raises: UserError where none can be read, or it is of another kind or task.
     """
@@ -427,13 +438,15 @@ def load_last(work_dir: Path, kind: str, task: str) -> dict | None:
         return None
     try:
         return load_snapshot(path, kind, task, remedy='start a new run')
-    except UserError as error:
+    except Damaged:
         if not (path.exists() and previous(path).exists()):
             raise
-        last = load_snapshot(previous(path), kind, task, remedy='start a new run')
-        os.replace(previous(path), path)
-        print(f'warning: {error} The run goes on from the snapshot before it.', file=sys.stderr)
-        return last
+    last = load_snapshot(previous(path), kind, task, remedy='start a new run')
+    damaged = path.with_name('snapshot.damaged.pt')
+    os.replace(path, damaged)  # else the next snapshot would push out the one that is whole
+    print(f'warning: {path} was damaged and is now {damaged.name}; the run goes on from the '
+          'snapshot before it.', file=sys.stderr)
+    return last
 
 
 def slim(source: str | Path, target: str | Path):

@@ -15,6 +15,7 @@ that is killed leaves nothing that `Clips` would read.
 """
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -148,19 +149,29 @@ def write_episode(root: str | Path, i: int, frames: np.ndarray, info: dict):
     path = frames_path(root, i)
     with utils.atomic_write(path) as tmp:
         np.save(tmp, frames, allow_pickle=False)
-    write_json(path.with_suffix('.json'), {'index': i, **info})
+        checksum = zlib.crc32(tmp.read_bytes())
+    write_json(path.with_suffix('.json'), {'index': i, **info, 'frames_crc32': checksum})
 
 
 def write_json(path: Path, values: dict):
+    """Write plain values and the checksum of their text."""
+    checksum = zlib.crc32(json.dumps(values).encode())
     with utils.atomic_write(path) as tmp:
-        tmp.write_text(json.dumps(values) + '\n')
+        tmp.write_text(json.dumps({**values, 'crc32': checksum}) + '\n')
 
 
 def read_json(path: Path) -> dict:
-    """Raises: UserError where the file is damaged."""
+    """Return what `write_json` wrote; files of earlier versions have no checksum.
+
+    Raises: UserError where the file is damaged.
+    """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text())
+        checksum = values.pop('crc32', None)
+        if checksum not in (None, zlib.crc32(json.dumps(values).encode())):
+            raise ValueError
+        return values
+    except (AttributeError, OSError, ValueError) as error:
         raise _damaged(path) from error
 
 
@@ -212,8 +223,9 @@ class Clips:
         size = meta['im_size']
         self._shape = (meta['num_contexts'], meta['episode_len'] + 1, size, size, 3)
         self._episodes = [read_json(path.with_suffix('.json')) for path in self._paths]
+        self._checked = set()
         for i in range(len(self)):  # reads the headers and compares the files' sizes with them
-            self.frames(i)
+            self._open(i)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -221,12 +233,22 @@ class Clips:
     def frames(self, i: int) -> np.ndarray:
         """-> uint8 (num_contexts, episode_len + 1, H, W, 3), a read-only memory map.
 
-        Mapped anew each time (50 us): a map keeps its file open, and 1,000 is a usual limit.
+        Raises: UserError where they are damaged: their checksum is compared at the first reading.
         """
+        frames = self._open(i)
+        if i not in self._checked:
+            checksum = self._episodes[i].get('frames_crc32')  # earlier versions wrote none
+            if checksum not in (None, zlib.crc32(self._paths[i].read_bytes())):
+                raise _damaged(self._paths[i])
+            self._checked.add(i)
+        return frames
+
+    def _open(self, i: int) -> np.ndarray:
+        """Map the frames anew (50 us): a map keeps its file open, and 1,000 is a usual limit."""
         path = self._paths[i]
         try:
             frames = np.lib.format.open_memmap(path, mode='r')
-        except (OSError, ValueError) as error:  # missing, or shorter than its header says
+        except Exception as error:  # missing, cut short, or whatever a damaged header raises
             raise _damaged(path) from error
         if frames.shape != self._shape or frames.dtype != np.uint8:
             raise _damaged(path)

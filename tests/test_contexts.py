@@ -212,7 +212,7 @@ def test_samples_are_of_their_kind_whatever_is_switched_on():
                 assert context.min() >= 0 and context.max() < 1
 
 
-def test_held_out_contexts_are_a_quarter_of_all_and_cover_every_cell_it_may():
+def test_held_out_contexts_are_a_quarter_of_all_and_cover_every_cell_they_may():
     rng, scenery = np.random.default_rng(0), contexts.Scenery(SCENERY)
     share = np.mean([scenery.kind_of(rng.random(contexts.DIM)) == 'held_out'
                      for _ in range(2000)])

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import plain
 import pytest
@@ -118,7 +120,7 @@ def test_reopened_buffer_goes_on_as_if_never_closed(tmp_path):
     buffer.sample(8)
     state = buffer.state_dict()
     play(buffer, env, 1, first_seed=50)  # lost: written after the snapshot
-    again = make(tmp_path / 'a', env)
+    again = make(tmp_path / 'a', env, resume=True)
     again.load_state_dict(state)
     reference = make(tmp_path / 'b', env)
     play(reference, env, 3)
@@ -134,18 +136,24 @@ def test_slack_keeps_what_the_last_snapshot_still_samples(tmp_path):
     state = buffer.state_dict()
     expected = buffer.sample(200)
     play(buffer, env, 2, first_seed=50)  # two episodes past the snapshot
-    again = make(tmp_path, env, capacity=33, slack=22)
+    again = make(tmp_path, env, capacity=33, slack=22, resume=True)
     again.load_state_dict(state)
     for one, other in zip(again.sample(200), expected, strict=True):
         assert one.equal(other)
 
 
-def test_another_size_is_refused(tmp_path):
-    state = make(tmp_path).state_dict()
+@pytest.mark.parametrize('change', ['size', 'gone', 'cut short'])
+def test_other_files_are_refused_and_stay_as_they_are(tmp_path, change):
     play(make(tmp_path), FakeEnv(), 1)
-    state = state | {'end': 11}
-    with pytest.raises(UserError, match='start a new run'):
-        make(tmp_path, capacity=50).load_state_dict(state)
+    if change == 'gone':
+        (tmp_path / 'obs.npy').unlink()
+    if change == 'cut short':
+        os.truncate(tmp_path / 'obs.npy', 1000)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for _ in range(2):  # what the first start leaves must not look right to the second
+        with pytest.raises(UserError, match='start a new run'):
+            make(tmp_path, capacity=50 if change == 'size' else 100, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):

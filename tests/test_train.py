@@ -29,8 +29,8 @@ CFG = OmegaConf.create(dict(
 class DyingEnv(FakeEnv):
     """Raises at its n-th step, wherever that is in an episode."""
 
-    def __init__(self, pixels, die_at):
-        super().__init__(pixels=pixels)
+    def __init__(self, pixels, die_at, length=10):
+        super().__init__(length, pixels)
         self.steps, self.die_at = 0, die_at
 
     def step(self, action):
@@ -73,6 +73,7 @@ def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels,
     resumed = make(tmp_path / 'killed', pixels, **changes)
     assert 0 < resumed.global_step < (110 if damaged else 157)
     assert ('goes on from the snapshot before it' in capsys.readouterr().err) == damaged
+    assert (tmp_path / 'killed/snapshot.damaged.pt').exists() == damaged
     resumed.train()
     whole, again = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
     assert whole.keys() == again.keys()
@@ -80,6 +81,21 @@ def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels,
         assert torch.equal(value, again[name]), name
     for name in ('train.csv', 'eval.csv'):
         assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
+
+
+def test_the_ring_reaches_back_to_the_last_snapshot_but_one(tmp_path, monkeypatch):
+    """Also where it goes round, and at worst: an episode of one step takes two rows."""
+    monkeypatch.setattr(train, 'LONGEST_EPISODE', 2)
+    changes = {'replay_buffer_size': 60, 'snapshot_every_frames': 100}
+    make(tmp_path / 'whole', False, FakeEnv(1), **changes).train()
+    with pytest.raises(Killed):
+        make(tmp_path / 'killed', False, DyingEnv(False, 199, length=1), **changes).train()
+    os.truncate(tmp_path / 'killed/snapshot.pt', 1000)
+    resumed = make(tmp_path / 'killed', False, FakeEnv(1), **changes)
+    assert resumed.global_step == 100
+    resumed.train()
+    whole, again = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 def test_a_resume_that_is_refused_takes_nothing_away(tmp_path):

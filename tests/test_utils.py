@@ -109,7 +109,7 @@ def test_what_differs_is_named_with_both_values():
 
 def test_a_run_that_differs_is_told_its_command(tmp_path):
     last = {'made_by': {'seed': 1}, 'agent_args': {'lr': 1}, 'command': 'train.py task=a seed=1'}
-    with pytest.raises(UserError, match=f'train.py task=a seed=1 hydra.run.dir={tmp_path}, or'):
+    with pytest.raises(UserError, match=f'train.py task=a seed=1 hydra.run.dir={tmp_path} and'):
         utils.require_same_run(tmp_path, last, {'seed': 2, 'lr': 1})
 
 
@@ -118,7 +118,8 @@ def test_a_changed_byte_is_found(tmp_path):
     utils.save_snapshot(path, 'expert', 'reacher_hard', {
         'made_by': {}, 'agent': {'w': torch.arange(1000.0)}})
     whole = path.read_bytes()
-    for at in whole.index(torch.arange(500.0, 510.0).numpy().tobytes()), len(whole) // 3:
+    for at in (whole.index(torch.arange(500.0, 510.0).numpy().tobytes()),
+               whole.index(b'reacher_hard')):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
         with pytest.raises(UserError, match='damaged'):
             utils.load_snapshot(path, 'expert')
@@ -131,7 +132,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
     state = {'made_by': {}, 'agent': {'actor': {'w': torch.ones(3)}, 'num_updates': 5}}
     save(state)
     before = path.read_bytes()
-    with pytest.raises(UserError, match=f'{path} is from before.*lower lr'):
+    with pytest.raises(UserError, match=f'{path} is from before.*lower learning'):
         save({**state, 'agent': {'actor': {'w': torch.tensor([1.0, bad])}}})
     assert path.read_bytes() == before and not list(tmp_path.glob('.tmp*'))
 
@@ -191,11 +192,9 @@ def test_scripts_end_with_one_sentence_and_code_2(tmp_path, overrides, words):
 def test_two_runs_do_not_share_a_folder(script, tmp_path):
     with utils.only_one_at_work(tmp_path):
         run = subprocess.run([sys.executable, ROOT / f'{script}.py', f'hydra.run.dir={tmp_path}'],
-                             capture_output=True, text=True, check=False)
+                             capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 2
     assert f'error: another process is at work in {tmp_path}: wait for it, or set' in run.stderr
-    with utils.only_one_at_work(tmp_path):  # it is free again
-        pass
 
 
 def test_imports_run_downward():
