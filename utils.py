@@ -307,13 +307,14 @@ def atomic_write(path: str | Path):
 
 @contextlib.contextmanager
 def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
-    """Hold the folder for this process; one that stays empty is not left behind.
+    """Hold the folder for this process; a new one that stays empty is removed.
 
     Args:
       option: the setting with which to choose another folder.
 
     Raises: UserError where another process holds it.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)  # the folder itself
     try:
@@ -325,8 +326,9 @@ def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
         yield
     finally:
         os.close(lock)
-        with contextlib.suppress(OSError):  # it has files
-            folder.rmdir()
+        if is_new:
+            with contextlib.suppress(OSError):  # it has files
+                folder.rmdir()
 
 
 def sha256(snapshot: str | Path) -> str:

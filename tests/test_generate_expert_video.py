@@ -88,7 +88,7 @@ def test_dataset_is_whole(dataset, snapshot):
 
 
 def test_demonstrations_keep_no_actions_and_play_keeps_no_rewards(dataset):
-    always = {'index', 'episode_seed', 'qpos', 'contexts'}
+    always = {'index', 'episode_seed', 'qpos', 'contexts', 'frames_crc32'}
     for split in NUMS:
         clips = video.Clips(dataset / split)
         for i in range(len(clips)):

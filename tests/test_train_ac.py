@@ -363,17 +363,17 @@ def test_a_translator_of_the_other_recipe_is_refused(cfg, tmp_path, recipe, othe
 
 
 def test_a_translator_of_other_pictures_is_refused(cfg, tmp_path):
-    for other, words in (({'quality': [2048, 28, 16]}, 'quality .*2048.*train_ct.py'),
+    for other, words in (({'quality': [2048, 28, 16]}, 'quality=.*2048.*train_ct.py'),
                          ({'videos': utils.versions() | {'mujoco': '3.0'}},
-                          'MuJoCo 3.0.*train_ct.py')):
+                          'mujoco=3.0.*train_ct.py')):
         save_translator(cfg.snapshot, 'pose_code', MADE_BY | other)
         refused(cfg, tmp_path, words)
 
 
 @pytest.mark.parametrize('split', ['train', 'valid', 'play'])
 @pytest.mark.parametrize('other, words', [
-    ({'quality': [2048, 28, 16]}, 'quality .*2048.*generate_expert_video.py'),
-    ({'versions': utils.versions() | {'mujoco': '3.0'}}, 'MuJoCo 3.0.*generate_expert_video.py'),
+    ({'quality': [2048, 28, 16]}, 'quality=.*2048.*generate_expert_video.py'),
+    ({'versions': utils.versions() | {'mujoco': '3.0'}}, 'mujoco=3.0.*generate_expert_video.py'),
     ({'im_size': 32}, '32 pixels, not 16'), ({'task': 'finger_spin'}, 'finger_spin, not reacher')])
 def test_videos_of_other_pictures_are_refused(data_dir, cfg, tmp_path, split, other, words):
     edit(data_dir / split / 'meta.json', **other)

@@ -227,7 +227,7 @@ def test_the_code_is_fitted_to_the_best_translator(data, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_in_step(patch, 5)
         train(config(data, 'snapshot_every=4', recipe='pose_code'), tmp_path)
-    cfg = config(data, 'snapshot_every=4', 'lr=10', recipe='pose_code')
+    cfg = config(data, 'snapshot_every=4', 'lr=0.3', recipe='pose_code')
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_in_step(patch, 13 - 4)
         train(cfg, tmp_path)
@@ -363,7 +363,7 @@ def test_the_best_stays_the_best_over_a_resume(data, tmp_path, monkeypatch):
     die_in_step(monkeypatch, 5)
     with pytest.raises(Killed):
         train(config(data, 'num_train_steps=8', 'snapshot_every=4'), tmp_path)
-    train(config(data, 'num_train_steps=8', 'snapshot_every=4', 'lr=10'), tmp_path)  # all is lost
+    train(config(data, 'num_train_steps=8', 'snapshot_every=4', 'lr=0.3'), tmp_path)  # all is lost
     best, last = (utils.load_snapshot(tmp_path / name, 'translator')
                   for name in ('best.pt', 'snapshot.pt'))
     assert best['step'] == 4 and last['step'] == 8
