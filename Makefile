@@ -36,7 +36,7 @@ PY = .venv/bin/python
 .DELETE_ON_ERROR:
 
 test: .venv
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 lint: .venv
 	.venv/bin/ruff check .
