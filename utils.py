@@ -133,7 +133,7 @@ def _flat(values: dict, prefix: str = '') -> dict:
 
 
 def _short(value) -> str:
-    """A hash's beginning, anything else whole."""
+    """Return the beginning of a hash, anything else whole."""
     return f'{value[:12]}...' if re.fullmatch('[0-9a-f]{64}', str(value)) else str(value)
 
 
@@ -316,7 +316,7 @@ def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # the folder itself
+    lock = os.open(folder, os.O_RDONLY)  # the folder is its own lock: no file is left behind
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -413,8 +413,10 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
             if changed := archive.testzip():
                 raise zipfile.BadZipFile(changed)
         payload = torch.load(found, map_location='cpu', weights_only=True)
-    except (MemoryError, PermissionError):
+    except MemoryError:
         raise
+    except PermissionError as error:
+        raise UserError(f'{found} may not be read by this user: change its permissions.') from error
     except Exception as error:  # what a damaged file raises is as varied as the damage
         raise Damaged(f'{found} is damaged, or holds code instead of tensors and plain values '
                         f'({type(error).__name__}): remove it and {remedy}.') from error

@@ -7,11 +7,13 @@ A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder 
         episode_00012.npy   uint8 (num_contexts, episode_len + 1, H, W, 3): one episode filmed in
                             every context; frame t is what is seen before action t
         episode_00012.json  episode_seed, contexts, qpos (the pose in each frame, for evaluation
-                            only); an expert's has rewards and expert_return, play's has actions
+                            only); an expert's has rewards and expert_return, play's has
+                            actions; frames_crc32, the checksum of the .npy
         preview_00000.mp4   the first episodes, all contexts side by side: to look at
 
-An episode is there once its json is: the frames are written and renamed first, so a generation
-that is killed leaves nothing that `Clips` would read.
+Each json ends with the checksum of its own text. An episode is there once its json is: the frames
+are written and renamed first, so a generation that is killed leaves nothing that `Clips` would
+read.
 """
 import json
 import math
@@ -259,7 +261,7 @@ class Clips:
         return self._episodes[i]
 
 
-def _damaged(path: Path) -> UserError:
+def _damaged(path: Path) -> utils.Damaged:
     lost = path.parent if path.name == 'meta.json' else path.with_suffix('.*')
-    return UserError(f'{path} is damaged: delete {lost} and run python generate_expert_video.py '
-                     'again.')
+    return utils.Damaged(f'{path} is damaged: delete {lost} and run python '
+                         'generate_expert_video.py again.')

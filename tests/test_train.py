@@ -224,6 +224,9 @@ def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     while not (tmp_path / 'killed/snapshot.pt').exists():
         assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.05)
+    with pytest.raises(UserError, match='another process'), utils.only_one_at_work(
+            tmp_path / 'killed'):  # held as long as the run goes on
+        pass
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     resumed = run('killed')
