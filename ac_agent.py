@@ -4,6 +4,7 @@ Imitation is an ordinary RL problem here, so that train.py's loop serves it: tra
 demonstration, translated into the agent's surroundings, would look like.
 """
 import copy
+import math
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
@@ -28,32 +29,53 @@ class Layout(NamedTuple):
     """Joins and splits the imitator's observation, float32 (..., size).
 
     Features of the last frames, newest first; the targets' features so many steps ahead, the last
-    one standing in for those beyond the end; the share of the horizon that is left, in [0, 1].
+    one standing in for those beyond the end; the share of the horizon that is left, in [0, 1]; the
+    agent's last actions, newest first, zeros for those before the start.
     """
 
     feature_dim: int
     num_frames: int
     lookahead: tuple[int, ...]
+    num_actions: int = 0
+    action_dim: int = 0
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of features, targets, time left and actions, without the batch's axes."""
+        return ((self.num_frames, self.feature_dim), (len(self.lookahead), self.feature_dim), (1,),
+                (self.num_actions, self.action_dim))
 
     @property
     def size(self) -> int:
-        return self.feature_dim * (self.num_frames + len(self.lookahead)) + 1
+        return sum(math.prod(shape) for shape in self.shapes)
 
-    def join(self, features: torch.Tensor, targets: torch.Tensor, left: torch.Tensor
-             ) -> torch.Tensor:
-        """(..., num_frames, D), (..., len(lookahead), D), (..., 1) -> (..., size)."""
-        return torch.cat([features.flatten(-2), targets.flatten(-2), left], dim=-1)
+    def join(self, features: torch.Tensor, targets: torch.Tensor, left: torch.Tensor,
+             actions: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., num_frames, D), (..., len(lookahead), D), (..., 1), (..., num_actions, A)
+        -> (..., size)."""
+        parts = [features.flatten(-2), targets.flatten(-2), left]
+        return torch.cat(parts if actions is None else [*parts, actions.flatten(-2)], dim=-1)
 
-    def split(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def split(self, obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The inverse of `join`; what it returns are views."""
-        seen = self.feature_dim * self.num_frames
-        return (obs[..., :seen].unflatten(-1, (self.num_frames, self.feature_dim)),
-                obs[..., seen:-1].unflatten(-1, (len(self.lookahead), self.feature_dim)),
-                obs[..., -1:])
+        parts = obs.split([math.prod(shape) for shape in self.shapes], dim=-1)
+        return tuple(part.unflatten(-1, shape) for part, shape in
+                     zip(parts, self.shapes, strict=True))
 
     def targets(self, demos: torch.Tensor, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Demonstrations (N, T+1, D), number i (B,), seen from steps (B,) -> (B, L, D)."""
         return moments(demos, i, steps, self.lookahead)
+
+
+def past_actions(actions: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, num: int
+                 ) -> torch.Tensor:
+    """The last `num` actions before steps (B,) of episodes number i (B,), newest first.
+
+    Args:
+      actions: (N, T, A). -> (B, num, A), zeros for those before the start.
+    """
+    at = steps[:, None] - torch.arange(1, num + 1, device=steps.device)
+    return actions[i[:, None], at.clamp(min=0)] * (at >= 0)[..., None]
 
 
 def moments(episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, offsets) -> torch.Tensor:
@@ -252,6 +274,7 @@ class Imitation(dmc.Wrapper):
             i, sources, self._frame, images=bool(self._w_img or self._evaluate))
         self._features = deque(maxlen=self._layout.num_frames)
         self._features.extend([self._demos.encode(self._frame)] * self._layout.num_frames)
+        self._actions = deque(torch.zeros(self._layout.shapes[3]), self._layout.num_actions)
         self._step, self._source, self._ended = 0, clips[sources[0]], False
         if self._evaluate:
             truth = clips[own]
@@ -273,6 +296,7 @@ class Imitation(dmc.Wrapper):
         if self._ended:
             return self.reset()
         time_step = self._env.step(action)
+        self._actions.appendleft(torch.as_tensor(action, dtype=torch.float32))
         self._step += 1
         self._frame = self._env.render(self._im_size)
         self._features.appendleft(self._demos.encode(self._frame))
@@ -296,7 +320,9 @@ class Imitation(dmc.Wrapper):
         targets = self._layout.targets(self._translation.features[None], torch.tensor([0]),
                                        torch.tensor([self._step]))[0]
         left = torch.tensor([1 - self._step / self._horizon])
-        return self._layout.join(torch.stack(list(self._features)), targets, left).numpy()
+        actions = torch.cat([torch.zeros(0, self._layout.action_dim), *(
+            action[None] for action in self._actions)])
+        return self._layout.join(torch.stack(list(self._features)), targets, left, actions).numpy()
 
     def panels(self, im_size: int) -> dict[str, np.ndarray]:
         """What a video of the episode shows side by side: caption -> uint8 (H, W, 3).
@@ -308,12 +334,19 @@ class Imitation(dmc.Wrapper):
                 'imitator, target context': self._frame}
 
 
-def make_env(demos: Demonstrations, layout: Layout, reward: Reward, w_feature: float = 1.0,
-             w_img: float = 0.0, evaluate: bool = False) -> Imitation:
-    """Return the `Imitation` of the demonstrations' task, with their scenery and action repeat."""
+def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_actions: int,
+             reward: Reward, w_feature: float = 1.0, w_img: float = 0.0, evaluate: bool = False
+             ) -> Imitation:
+    """Return the `Imitation` of the demonstrations' task, with their scenery and action repeat.
+
+    Args:
+      num_frames, lookahead, num_actions: see `Layout`.
+    """
     meta = demos.clips.meta
     env = dmc.ActionRepeat(dmc.load_suite(meta['task'], Scenery(meta['scenery'])),
                            meta['action_repeat'])
+    layout = Layout(demos.feature_dim, num_frames, tuple(lookahead), num_actions,
+                    env.action_spec().shape[0])
     return Imitation(env, demos, layout, reward, meta['im_size'], w_feature, w_img, evaluate)
 
 
@@ -329,10 +362,10 @@ class TrackingEncoder(nn.Module):
         self.repr_dim, self._layout = layout.size, layout
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        features, targets, left = self._layout.split(obs)
+        features, targets, left, actions = self._layout.split(obs)
         now = features[..., :1, :]
         return self._layout.join(torch.cat([now, features[..., 1:, :] - now], dim=-2),
-                                 targets - now, left)
+                                 targets - now, left, actions)
 
 
 class Play(NamedTuple):
@@ -367,38 +400,50 @@ class ACAgent(DrQV2Agent):
     can be relabelled (hindsight experience replay, Andrychowicz et al. 2017): a share of each batch
     gets targets, clock and reward of other transitions; another share has as its targets what the
     agent achieved itself.
+
+    Without targets (`lookahead` is empty) there is nothing to track. The critic's reward is then
+    how much what came of an action looks like a moment of a demonstration, to a discriminator that
+    is trained to tell these from the agent's own moments (Torabi et al. 2018b, GAIfO); its
+    transitions are the agent's own, from play and since.
     """
 
     NUM_AHEAD = 3  # frames after an action that the inverse model sees: a contact shows late
     MEAN_RATE = 0.002  # at which running means follow the weights: some 500 updates
+    SLOPE_WEIGHT = 0.1  # keeps the discriminator smooth, so that being nearer pays
 
     def __init__(self, obs_shape, action_dim: int, feature_dim_of_frame: int, num_frames: int,
-                 lookahead: list[int], reward_scale: float | None = 0.1, time_power: float = 0.0,
-                 w_feature: float = 1.0, w_critic: float = 1.0, w_clone: float = 0.0,
-                 max_shift: int = 0, num_pretrain_updates: int = 0, relabel: float = 0.0,
-                 hindsight: float = 0.0, lr: float = 1e-4, hidden_dim: int = 512,
-                 demos: torch.Tensor | None = None, play: Play | None = None, **drqv2_args):
+                 lookahead: list[int], num_actions: int = 0, reward_scale: float | None = 0.1,
+                 time_power: float = 0.0, w_feature: float = 1.0, w_critic: float = 1.0,
+                 w_clone: float = 0.0, max_shift: int = 0, num_pretrain_updates: int = 0,
+                 relabel: float = 0.0, hindsight: float = 0.0, discount: float = 0.98,
+                 lr: float = 1e-4, hidden_dim: int = 512, demos: torch.Tensor | None = None,
+                 play: Play | None = None, **drqv2_args):
         """
         Args:
           obs_shape: (n,), of the flat observation.
-          feature_dim_of_frame, num_frames, lookahead: see `Layout`.
+          feature_dim_of_frame, num_frames, lookahead, num_actions: see `Layout`.
           reward_scale, time_power, w_feature: see `Reward`, `Imitation`.
           w_critic, w_clone: of the critic's value and of cloning in the actor's loss; 0: without.
           max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly.
             The agent is seldom exactly on time.
-          num_pretrain_updates: cloning updates on play alone, before the first of the others.
+          num_pretrain_updates: updates on play alone, before the first of the others: cloning,
+            and with a discriminator all parts.
           relabel: the share of transitions that get targets of others.
           hindsight: the share whose targets are what the agent achieved. Both take 1 as the first
             of `lookahead`, and 1-step returns.
-          lr, hidden_dim: of actor, critic and inverse model.
+          discount: of the critic where its reward is the discriminator's; elsewhere the replay
+            buffer's.
+          lr, hidden_dim: of actor, critic, inverse model and discriminator.
           demos: float32 (N, T+1, D), to be cloned.
           drqv2_args: see `DrQV2Agent`.
         """
-        self._layout = Layout(feature_dim_of_frame, num_frames, tuple(lookahead))
+        self._layout = Layout(feature_dim_of_frame, num_frames, tuple(lookahead), num_actions,
+                              action_dim)
         self._reward, self._w_feature = Reward(reward_scale, time_power), w_feature
         self._w_critic, self._w_clone, self._max_shift = w_critic, w_clone, max_shift
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
-        self._relabel, self._hindsight = relabel, hindsight
+        self._relabel, self._hindsight, self._discount = relabel, hindsight, discount
+        self._discriminates = bool(w_critic and w_clone and not lookahead)
         super().__init__(obs_shape, action_dim, lr=lr, hidden_dim=hidden_dim, **drqv2_args)
         if w_clone:
             in_dim = feature_dim_of_frame * (num_frames + self.NUM_AHEAD)
@@ -407,6 +452,12 @@ class ACAgent(DrQV2Agent):
             self.policy, self.labeller = (copy.deepcopy(net).requires_grad_(False)
                                           for net in (self.actor, self.inverse))
             self._parts = (*self._parts, 'policy', 'inverse', 'inverse_opt', 'labeller')
+            if self._discriminates:
+                in_dim = feature_dim_of_frame * num_frames
+                self.discriminator = mlp(in_dim, hidden_dim, 1).to(self.device)
+                self.discriminator_opt = torch.optim.Adam(self.discriminator.parameters(), lr=lr,
+                                                          fused=True)
+                self._parts = (*self._parts, 'discriminator', 'discriminator_opt')
             if demos is not None:
                 self._demos = demos.to(self.device)
                 self._play = Play(*(part.to(self.device) for part in play))
@@ -427,15 +478,15 @@ class ACAgent(DrQV2Agent):
         """One update of all parts in every `update_every_steps` steps; -> metrics."""
         if step % self.update_every_steps:
             return {}
-        metrics = {}
-        if self._w_clone:
-            if not self._num_updates:
-                for _ in range(self._num_pretrain_updates):
-                    self.update_inverse(None, batch_size)
-                    self.update_clone(batch_size)
-            metrics |= self.update_inverse(replay_buffer, batch_size)
+        if self._w_clone and not self._num_updates:
+            for _ in range(self._num_pretrain_updates):
+                self._update(None, batch_size, step, self._w_critic and self._discriminates)
         self._num_updates += 1
-        if self._w_critic:
+        return self._update(replay_buffer, batch_size, step, self._w_critic)
+
+    def _update(self, replay_buffer, batch_size: int, step: int, with_critic) -> dict:
+        metrics = self.update_inverse(replay_buffer, batch_size) if self._w_clone else {}
+        if with_critic:
             return metrics | super().update(replay_buffer, batch_size, step)
         return metrics | self.update_clone(batch_size)
 
@@ -451,24 +502,27 @@ class ACAgent(DrQV2Agent):
         return inverse(seen.flatten(1)).tanh()
 
     def _own_moments(self, replay_buffer, batch_size: int):
-        """-> history, later and action of `batch_size` of the agent's own steps: from play alone
-        while replay is empty, then half from each. Replay is nearer to the demonstrations."""
+        """-> history, later, action and the actions before it of `batch_size` of the agent's own
+        steps: from play alone while replay is empty, then half from each. Replay is nearer to the
+        demonstrations."""
         n = batch_size // 2 if replay_buffer is not None and len(replay_buffer) else batch_size
         past, ahead = range(0, -self._layout.num_frames, -1), range(1, self.NUM_AHEAD + 1)
         i = torch.randint(len(self._play.features), (n,), device=self.device)
         steps = torch.randint(self._play.actions.shape[1], (n,), device=self.device)
         parts = [(moments(self._play.features, i, steps, past),
                   moments(self._play.features, i, steps, ahead),
-                  self._play.actions[i, steps])]
+                  self._play.actions[i, steps],
+                  past_actions(self._play.actions, i, steps, self._layout.num_actions))]
         if n < batch_size:
             obs, action, _, _, _, *later = replay_buffer.sample(batch_size - n, ahead=tuple(ahead))
             newest = [self._layout.split(each)[0][:, 0] for each in later]
-            parts.append((self._layout.split(obs)[0], torch.stack(newest, dim=1), action))
+            seen, _, _, before = self._layout.split(obs)
+            parts.append((seen, torch.stack(newest, dim=1), action, before))
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def update_inverse(self, replay_buffer, batch_size: int) -> dict[str, torch.Tensor]:
         """Fit the inverse model to the agent's own steps."""
-        history, later, action = self._own_moments(replay_buffer, batch_size)
+        history, later, action, _ = self._own_moments(replay_buffer, batch_size)
         loss = action_loss(self._infer_actions(self.inverse, history, later), action)
         self.inverse_opt.zero_grad(set_to_none=True)
         loss.backward()
@@ -476,20 +530,26 @@ class ACAgent(DrQV2Agent):
         self._update_mean(self.labeller, self.inverse, self.inverse_opt)
         return {'inverse_loss': loss.detach()}
 
+    @torch.no_grad()
+    def _label(self, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Demonstrations number i (B,), at steps (B,) -> actions (B, A), zeros before the start."""
+        history = moments(self._demos, i, steps, range(0, -self._layout.num_frames, -1))
+        later = moments(self._demos, i, steps, range(1, self.NUM_AHEAD + 1))
+        return self._infer_actions(self.labeller, history, later) * (steps >= 0)[:, None]
+
     def clone_loss(self, batch_size: int) -> torch.Tensor:
         """How far the actor is from what the inverse model reads out of demonstrations, 0-d."""
         demos, layout = self._demos, self._layout
         i = torch.randint(len(demos), (batch_size,), device=self.device)
         steps = torch.randint(demos.shape[1] - 1, (batch_size,), device=self.device)
         history = moments(demos, i, steps, range(0, -layout.num_frames, -1))
-        with torch.no_grad():
-            later = moments(demos, i, steps, range(1, self.NUM_AHEAD + 1))
-            label = self._infer_actions(self.labeller, history, later)
+        label, *before = (self._label(i, steps - back) for back in range(layout.num_actions + 1))
         shift = torch.randint(-self._max_shift, self._max_shift + 1, (batch_size,),
                               device=self.device)
         targets = layout.targets(demos, i, steps + shift)
         left = torch.rand(batch_size, 1, device=self.device)  # actions must not depend on the clock
-        features = self.encoder(layout.join(history, targets, left))
+        before = torch.stack(before, dim=1) if before else None
+        features = self.encoder(layout.join(history, targets, left, before))
         return action_loss(self.actor(features, 0.0).mean, label)
 
     @torch.no_grad()
@@ -510,6 +570,42 @@ class ACAgent(DrQV2Agent):
         """One update of the actor by cloning alone."""
         return self.step_actor(self._w_clone * self.clone_loss(batch_size))
 
+    # -------------------------------------------------------------------------- discriminator
+
+    def _draw_own(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """`draw` where the reward is the discriminator's. Nothing depends on the clock, and no
+        episode ends."""
+        history, later, action, before = self._own_moments(replay_buffer, batch_size)
+        none, left = later[:, :0], torch.rand(len(later), 1, device=later.device)
+        obs = self._layout.join(history, none, left, before)
+        history = torch.cat([later[:, :1], history[:, :-1]], dim=1)
+        before = torch.cat([action[:, None], before], dim=1)[:, :self._layout.num_actions]
+        next_obs = self._layout.join(history, none, left, before)
+        self.update_discriminator(next_obs)
+        with torch.no_grad():
+            reward = self._tell(next_obs).sigmoid()
+        return obs, action, reward, torch.full_like(reward, self._discount), next_obs
+
+    def _tell(self, obs: torch.Tensor) -> torch.Tensor:
+        """Observations (B, n) -> (B, 1), above 0 where the frames look like a demonstration's."""
+        return self.discriminator(self._layout.split(self.encoder(obs))[0].flatten(1))
+
+    def update_discriminator(self, own: torch.Tensor):
+        """Train it to tell demonstrated moments from the agent's own, (B, n), with a penalty on its
+        slope between the two (Gulrajani et al. 2017)."""
+        demos, layout = self._demos, self._layout
+        i = torch.randint(len(demos), (len(own),), device=self.device)
+        steps = torch.randint(demos.shape[1], (len(own),), device=self.device)
+        shown = own.clone()
+        layout.split(shown)[0][:] = moments(demos, i, steps, range(0, -layout.num_frames, -1))
+        between = torch.lerp(own, shown, torch.rand_like(own[:, :1])).requires_grad_()
+        slope, = torch.autograd.grad(self._tell(between).sum(), between, create_graph=True)
+        loss = (F.softplus(-self._tell(shown)).mean() + F.softplus(self._tell(own)).mean()
+                + self.SLOPE_WEIGHT * slope.square().sum(1).mean())
+        self.discriminator_opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.discriminator_opt.step()
+
     # --------------------------------------------------------------------------------- critic
 
     def _ends(self, batch_size: int) -> tuple[int, int]:
@@ -520,6 +616,8 @@ class ACAgent(DrQV2Agent):
     def draw(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
         """-> obs (B, n), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, n), float32:
         the first relabelled, those after them in hindsight, see `_ends`."""
+        if self._discriminates:
+            return self._draw_own(replay_buffer, batch_size)
         layout = self._layout
         steps = sorted({step + more for step in layout.lookahead for more in (0, 1)})
         obs, action, reward, discount, next_obs, *later = replay_buffer.sample(
@@ -527,7 +625,7 @@ class ACAgent(DrQV2Agent):
         n, m = self._ends(batch_size)
         other = torch.randperm(n, device=obs.device)
         for x in (obs, next_obs):
-            _, targets, left = layout.split(x)
+            _, targets, left, _ = layout.split(x)
             targets[:n], left[:n] = targets[other], left[other]
         discount[:n] = discount[other]
 
@@ -584,8 +682,8 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         raise UserError(f"{videos} was filmed with action_repeat={meta['action_repeat']} in "
                         f"{meta['num_contexts']} contexts, and {path} takes action_repeat={repeat} "
                         'and two or more: choose another imitator, or film anew.')
-    layout = Layout(model.feature_dim, args['num_frames'], tuple(args['lookahead']))
-    env = make_env(Demonstrations(model, clips, made_by['scale']), layout,
+    env = make_env(Demonstrations(model, clips, made_by['scale']), args['num_frames'],
+                   args['lookahead'], args.get('num_actions', 0),
                    Reward(args['reward_scale'], args['time_power']), args['w_feature'],
                    made_by['w_img'])
     agent = ACAgent(**args, device='cpu')

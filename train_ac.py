@@ -16,7 +16,6 @@ import video
 from ac_agent import (
     ACAgent,
     Demonstrations,
-    Layout,
     Reward,
     encode_play,
     load_translator,
@@ -87,7 +86,7 @@ def check_all_settings(cfg):
     """Raises: UserError for settings with which there is no run."""
     check_settings(cfg)
     utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames')
-    utils.require_at_least(cfg, 0, 'max_shift', 'num_pretrain_updates')
+    utils.require_at_least(cfg, 0, 'num_actions', 'max_shift', 'num_pretrain_updates')
     utils.require_at_least(cfg, 1 if cfg.w_clone else 0, 'num_play')
     for one, other in (('w_feature', 'w_img'), ('w_critic', 'w_clone')):
         if min(cfg[one], cfg[other]) < 0 or not cfg[one] + cfg[other]:
@@ -107,11 +106,15 @@ def check_all_settings(cfg):
     if any(step < 1 for step in cfg.lookahead):
         raise UserError(f'lookahead={list(cfg.lookahead)} is no list of steps ahead: set '
                         'lookahead=[1,3,6,12].')
-    if cfg.w_critic and cfg.relabel + cfg.hindsight:
+    if cfg.w_critic and not cfg.lookahead and not cfg.w_clone:
+        raise UserError('lookahead=[] leaves the critic nothing to track; without targets its '
+                        "reward is a discriminator's, which takes play: set w_clone=1, or "
+                        'lookahead=[1,3,6,12].')
+    if cfg.w_critic and cfg.lookahead and cfg.relabel + cfg.hindsight:
         if cfg.nstep != 1:
             raise UserError(f'nstep={cfg.nstep} goes with the targets that were there: set '
                             'nstep=1, or relabel=0 hindsight=0.')
-        if cfg.w_img or list(cfg.lookahead)[:1] != [1]:
+        if cfg.w_img or cfg.lookahead[0] != 1:
             raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} work out rewards '
                             'from observations, which takes w_img=0 and 1 as the first lookahead: '
                             'set relabel=0 hindsight=0.')
@@ -171,11 +174,12 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     last = utils.load_last(work_dir, 'imitator', cfg.task_name)
     demos = Demonstrations(model, splits['train'], last and last['made_by'].get('scale'))
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
-    layout = Layout(model.feature_dim, cfg.num_frames, tuple(cfg.lookahead))
-    options = layout, Reward(cfg.reward_scale, cfg.time_power), cfg.w_feature, cfg.w_img
+    options = (cfg.num_frames, cfg.lookahead, cfg.num_actions,
+               Reward(cfg.reward_scale, cfg.time_power), cfg.w_feature, cfg.w_img)
     train_env = make_env(demos, *options)
     eval_env = make_env(eval_demos, *options, evaluate=True)
-    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True), obs_shape=[layout.size],
+    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True),
+                      obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0],
                       feature_dim_of_frame=model.feature_dim)
 

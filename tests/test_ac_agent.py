@@ -29,8 +29,8 @@ from utils import UserError
 
 @pytest.mark.parametrize('batch', [(), (5,), (2, 3)])
 def test_split_is_the_inverse_of_join(batch):
-    layout = Layout(4, 3, (1, 2))
-    parts = torch.randn(*batch, 3, 4), torch.randn(*batch, 2, 4), torch.rand(*batch, 1)
+    layout = Layout(4, 3, (1, 2), 2, 5)
+    parts = [torch.randn(*batch, *shape) for shape in ((3, 4), (2, 4), (1,), (2, 5))]
     obs = layout.join(*parts)
     assert obs.shape == (*batch, layout.size)
     assert all(map(torch.equal, layout.split(obs), parts))
@@ -40,7 +40,7 @@ def test_split_is_the_inverse_of_join(batch):
 def test_what_split_returns_can_be_written_to():
     layout = Layout(2, 1, (1,))
     obs = torch.zeros(3, layout.size)
-    _, targets, left = layout.split(obs)
+    _, targets, left, _ = layout.split(obs)
     targets[:], left[:] = 2.0, 1.0
     assert obs.tolist() == [[0, 0, 2, 2, 1]] * 3
 
@@ -676,6 +676,32 @@ def test_it_clones_without_targets(demo_features):
         agent.update_clone(64)
     assert float(agent.clone_loss(256)) < before
     assert agent.act(np.ones(2 * 2 + 1, np.float32), 0, eval_mode=True).shape == (2,)
+
+
+def goes_on(agent, start, num_steps=6, speed=0.3):
+    """Where it ends, from features (2,)."""
+    seen = [start, start]
+    for _ in range(num_steps):
+        action = agent.act(np.array([*seen[-1], *seen[-2], 0.5], np.float32), 0, eval_mode=True)
+        seen.append(seen[-1] + speed * action)
+    return seen[-1]
+
+
+def test_without_targets_the_critic_leads_to_where_demonstrations_are(tmp_path):
+    """Demonstrations show a corner only, so cloning does not say how to get there."""
+    corner, rng = np.array([1.0, -1.0]), np.random.default_rng(0)
+    demos = torch.tensor(corner + rng.normal(0, 0.05, (20, 13, 2)), dtype=torch.float32)
+    play = Play(*roll_out(at_random, 100, seed=1))
+    misses = {}
+    for w_critic in (0.0, 1.0):
+        agent = make_cloner(demos, play, lookahead=[], w_critic=w_critic, w_clone=1e-3,
+                            num_pretrain_updates=600, stddev_schedule='0.2',
+                            discount=0.9)
+        agent.update(None, 64, 0)
+        misses[w_critic] = np.mean([abs(goes_on(agent, start) - corner).mean()
+                                    for start in rng.uniform(-1, 0, (20, 2)) * [1, -1]])
+    assert misses[1.0] < 0.4
+    assert misses[0.0] > 0.8
 
 
 def test_the_agents_own_steps_show_what_play_did_not(tmp_path, demo_features):

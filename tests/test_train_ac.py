@@ -323,7 +323,7 @@ def no_filming(monkeypatch):
     ({'hindsight': -0.1}, 'shares of one batch'), ({'relabel': -0.1}, 'shares of one batch'),
     ({'w_critic': 1, 'w_img': 0.5}, 'set relabel=0'),
     ({'w_critic': 1, 'lookahead': [2]}, 'set relabel=0'),
-    ({'w_critic': 1, 'relabel': 0, 'lookahead': []}, 'set relabel=0'),
+    ({'w_critic': 1, 'w_clone': 0, 'lookahead': []}, 'set w_clone=1'),
     ({'w_critic': 1, 'nstep': 3}, 'set nstep=1'),
     ({'lr': 'linear(1e-3,1e-4,20000)'}, 'set lr=1e-3'), ({'lr': 0}, 'set lr=1e-3'),
     ({'lookahead': [0, 1]}, r'lookahead=\[1,3'), ({'lookahead': [1, -3]}, r'lookahead=\[1,3'),
@@ -344,6 +344,7 @@ def test_settings_that_do_not_go_together_are_told_before_any_work(cfg, tmp_path
 @pytest.mark.parametrize('overrides', [
     {}, {'reward_scale': None, 'time_power': 2}, {'relabel': 1.0, 'hindsight': 0.0},
     {'w_critic': 0.0, 'nstep': 3}, {'w_critic': 0.0, 'w_img': 0.5}, {'w_critic': 1.0},
+    {'w_critic': 1.0, 'lookahead': []},
     {'w_critic': 1.0, 'relabel': 0, 'hindsight': 0, 'nstep': 3, 'w_img': 1.0, 'lookahead': [2]}])
 def test_settings_that_go_together_pass(cfg, overrides):
     cfg.merge_with(overrides)
