@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import dm_env
 import numpy as np
@@ -213,11 +214,12 @@ class Ahead(FakeEnv):
 PAPER = Reward(None, 2.0)
 
 
-def make_imitation(length=4, evaluate=False, env=None, reward=PAPER, w_feature=1.0, w_img=0.5):
+def make_imitation(length=4, evaluate=False, env=None, reward=PAPER, w_feature=1.0, w_img=0.5,
+                   num_actions=0):
     """-> the environment, and the demonstrations in it."""
-    demos = FakeDemos(length)
-    return Imitation(env or FakeEnv(length=100), demos, Layout(2, 2, (1, 3)), reward, 8, w_feature,
-                     w_img, evaluate), demos
+    demos, layout = FakeDemos(length), Layout(2, 2, (1, 3), num_actions, 2)
+    return Imitation(env or FakeEnv(length=100), demos, layout, reward, 8, w_feature, w_img,
+                     evaluate), demos
 
 
 class ImitationContract(test_utils.EnvironmentTestMixin, parameterized.TestCase):
@@ -270,6 +272,15 @@ def test_observation_holds_frames_targets_ahead_and_time_left():
     obs = env.step(np.zeros(2)).observation
     np.testing.assert_allclose(obs, [2, 2, 1, 1, 3, 3, 4, 4, 0.5])  # the last target stays
     assert obs.dtype == np.float32
+
+
+def test_observation_holds_the_last_actions_of_this_episode():
+    env, _ = make_imitation(num_actions=2)
+    for _ in range(2):
+        seen = [env.reset(episode_seed=0)]
+        seen += [env.step(np.full(2, action)) for action in (0.5, -0.25, 0.75)]
+        assert [time_step.observation[9:].tolist() for time_step in seen] == [
+            [0, 0, 0, 0], [0.5, 0.5, 0, 0], [-0.25, -0.25, 0.5, 0.5], [0.75, 0.75, -0.25, -0.25]]
 
 
 def test_horizon_ends_the_sum_and_the_clock_is_observed():
@@ -678,6 +689,53 @@ def test_it_clones_without_targets(demo_features):
     assert agent.act(np.ones(2 * 2 + 1, np.float32), 0, eval_mode=True).shape == (2,)
 
 
+@pytest.mark.parametrize('num_actions', [0, 2])
+def test_without_targets_transitions_are_the_agents_own(tmp_path, demo_features, num_actions):
+    """In this system, features move by 0.3 times the action."""
+    play = Play(*roll_out(at_random, 50, seed=1))
+    agent = make_cloner(demo_features, play, lookahead=[], w_critic=1.0, num_actions=num_actions,
+                        discount=0.9)
+    layout = Layout(2, 2, (), num_actions, 2)
+    own = ReplayBuffer(tmp_path, specs.Array((layout.size,), np.float32), FakeEnv().action_spec(),
+                       1000, 1, 0.5)
+    env = Imitation(Walk(), FakeDemos(4), layout, REWARD, 8)
+    time_step = env.reset(episode_seed=0)
+    own.add(time_step)
+    while not time_step.last():
+        action = np.array([0.3, -0.3], np.float32)
+        time_step = env.step(action)
+        own.add(time_step, action)
+    for replay, num_play in ((None, 64), (own, 32)):
+        obs, action, reward, discount, next_obs = agent.draw(replay, 64)
+        features, _, left, before = layout.split(obs)
+        next_features, _, next_left, next_before = layout.split(next_obs)
+        moved = next_features[:, 0] - features[:, 0]
+        torch.testing.assert_close(moved[:num_play], 0.3 * action[:num_play])
+        assert (action[num_play:].abs() == np.float32(0.3)).all()
+        torch.testing.assert_close(next_features[:, 1], features[:, 0])
+        torch.testing.assert_close(next_left, left)
+        if num_actions:
+            torch.testing.assert_close(next_before[:, 0], action)
+            torch.testing.assert_close(next_before[:, 1], before[:, 0])
+            start = (before == 0).all(2)
+            assert start.any() and not start.all()
+        assert ((reward > 0) & (reward < 1)).all() and (discount == 0.9).all()
+
+
+def test_in_cloning_the_actions_before_are_the_labels_before(demo_features):
+    play = Play(*roll_out(at_random, 50, seed=1))
+    agent = make_cloner(demo_features, play, num_actions=2)
+    for _ in range(300):
+        agent.update_inverse(None, 64)
+    seen = []
+    agent.actor.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    agent.clone_loss(64)
+    features, _, _, before = Layout(2, 2, (1, 2), 2, 2).split(seen[0])
+    first = (features[:, 1] == 0).all(1)  # by which it has moved
+    assert (features[~first, 1] / -0.3 - before[~first, 0]).abs().mean() < 0.08
+    assert first.any() and (before[first] == 0).all()
+
+
 def goes_on(agent, start, num_steps=6, speed=0.3):
     """Where it ends, from features (2,)."""
     seen = [start, start]
@@ -788,10 +846,12 @@ def test_without_cloning_and_relabelling_it_is_drqv2(tmp_path, demo_features):
     assert 'inverse' not in imitator
 
 
-def test_an_agent_goes_on_from_its_state(tmp_path, demo_features):
+@pytest.mark.parametrize('lookahead', [[1, 2], []])
+def test_an_agent_goes_on_from_its_state(tmp_path, demo_features, lookahead, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], 'LAYOUT', Layout(2, 2, tuple(lookahead)))
     play = Play(*roll_out(at_random, 5, seed=1))
     own = store(tmp_path, *play, demo_features)
-    options = dict(num_pretrain_updates=5, w_critic=0.5)
+    options = dict(num_pretrain_updates=5, w_critic=0.5, lookahead=lookahead)
     agent, other = (make_cloner(demo_features, play, **options) for _ in range(2))
     for step in range(3):
         agent.update(own, 16, step)

@@ -42,7 +42,7 @@ def test_task_files_speak_of_drqv2_and_of_the_imitators_exceptions_alone(task):
     file = OmegaConf.load(CFGS / f'task/{task}.yaml')
     said = file.keys()
     assert said <= {'defaults', 'task_name', 'drqv2', 'imitator'}
-    assert file.get('imitator', {}).keys() <= {'lookahead', 'max_shift', 'w_critic'}
+    assert file.get('imitator', {}).keys() <= {'lookahead', 'num_actions', 'max_shift', 'w_critic'}
     assert ('task_name' in said) == (task in FILES)
 
 

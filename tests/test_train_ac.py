@@ -129,8 +129,9 @@ def same(one, other):
 
 # ------------------------------------------------------------------------------ runs
 
-# The last also relabels, as its recipe says.
-VARIANTS = [('liu2017', {}), ('pose_code', {}), ('pose_code', {'w_critic': 1.0})]
+# The third also relabels, as its recipe says; the last has a discriminator.
+VARIANTS = [('liu2017', {}), ('pose_code', {}), ('pose_code', {'w_critic': 1.0}),
+            ('pose_code', {'w_critic': 1.0, 'lookahead': [], 'num_actions': 2})]
 
 
 @pytest.mark.parametrize('overlap', [False, True])  # updates in a second thread change nothing
