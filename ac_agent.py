@@ -50,11 +50,11 @@ class Layout(NamedTuple):
         return sum(math.prod(shape) for shape in self.shapes)
 
     def join(self, features: torch.Tensor, targets: torch.Tensor, left: torch.Tensor,
-             actions: torch.Tensor | None = None) -> torch.Tensor:
+             actions: torch.Tensor) -> torch.Tensor:
         """(..., num_frames, D), (..., len(lookahead), D), (..., 1), (..., num_actions, A)
         -> (..., size)."""
-        parts = [features.flatten(-2), targets.flatten(-2), left]
-        return torch.cat(parts if actions is None else [*parts, actions.flatten(-2)], dim=-1)
+        return torch.cat([features.flatten(-2), targets.flatten(-2), left, actions.flatten(-2)],
+                         dim=-1)
 
     def split(self, obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The inverse of `join`; what it returns are views."""
@@ -69,11 +69,8 @@ class Layout(NamedTuple):
 
 def past_actions(actions: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, num: int
                  ) -> torch.Tensor:
-    """The last `num` actions before steps (B,) of episodes number i (B,), newest first.
-
-    Args:
-      actions: (N, T, A). -> (B, num, A), zeros for those before the start.
-    """
+    """Actions (N, T, A) of episodes number i (B,), the last `num` before steps (B,)
+    -> (B, num, A), newest first; zeros before the start."""
     at = steps[:, None] - torch.arange(1, num + 1, device=steps.device)
     return actions[i[:, None], at.clamp(min=0)] * (at >= 0)[..., None]
 
@@ -274,7 +271,7 @@ class Imitation(dmc.Wrapper):
             i, sources, self._frame, images=bool(self._w_img or self._evaluate))
         self._features = deque(maxlen=self._layout.num_frames)
         self._features.extend([self._demos.encode(self._frame)] * self._layout.num_frames)
-        self._actions = deque(torch.zeros(self._layout.shapes[3]), self._layout.num_actions)
+        self._actions = torch.zeros(self._layout.num_actions, *self.action_spec().shape)
         self._step, self._source, self._ended = 0, clips[sources[0]], False
         if self._evaluate:
             truth = clips[own]
@@ -296,7 +293,8 @@ class Imitation(dmc.Wrapper):
         if self._ended:
             return self.reset()
         time_step = self._env.step(action)
-        self._actions.appendleft(torch.as_tensor(action, dtype=torch.float32))
+        newest = torch.as_tensor(action, dtype=torch.float32)[None]
+        self._actions = torch.cat([newest, self._actions])[:self._layout.num_actions]
         self._step += 1
         self._frame = self._env.render(self._im_size)
         self._features.appendleft(self._demos.encode(self._frame))
@@ -320,9 +318,8 @@ class Imitation(dmc.Wrapper):
         targets = self._layout.targets(self._translation.features[None], torch.tensor([0]),
                                        torch.tensor([self._step]))[0]
         left = torch.tensor([1 - self._step / self._horizon])
-        actions = torch.cat([torch.zeros(0, self._layout.action_dim), *(
-            action[None] for action in self._actions)])
-        return self._layout.join(torch.stack(list(self._features)), targets, left, actions).numpy()
+        return self._layout.join(torch.stack(list(self._features)), targets, left, self._actions
+                                 ).numpy()
 
     def panels(self, im_size: int) -> dict[str, np.ndarray]:
         """What a video of the episode shows side by side: caption -> uint8 (H, W, 3).
@@ -402,14 +399,14 @@ class ACAgent(DrQV2Agent):
     agent achieved itself.
 
     Without targets (`lookahead` is empty) there is nothing to track. The critic's reward is then
-    how much what came of an action looks like a moment of a demonstration, to a discriminator that
-    is trained to tell these from the agent's own moments (Torabi et al. 2018b, GAIfO); its
-    transitions are the agent's own, from play and since.
+    the probability, by a discriminator, that the frames after an action are a demonstration's and
+    not the agent's own (Torabi et al. 2018b, GAIfO). Its transitions come from play and replay.
     """
 
     NUM_AHEAD = 3  # frames after an action that the inverse model sees: a contact shows late
     MEAN_RATE = 0.002  # at which running means follow the weights: some 500 updates
     SLOPE_WEIGHT = 0.1  # keeps the discriminator smooth, so that being nearer pays
+    LR_SHARE = 0.3  # the discriminator's lr as a share of the others': the critic has to follow
 
     def __init__(self, obs_shape, action_dim: int, feature_dim_of_frame: int, num_frames: int,
                  lookahead: list[int], num_actions: int = 0, reward_scale: float | None = 0.1,
@@ -455,8 +452,8 @@ class ACAgent(DrQV2Agent):
             if self._discriminates:
                 in_dim = feature_dim_of_frame * num_frames
                 self.discriminator = mlp(in_dim, hidden_dim, 1).to(self.device)
-                self.discriminator_opt = torch.optim.Adam(self.discriminator.parameters(), lr=lr,
-                                                          fused=True)
+                self.discriminator_opt = torch.optim.Adam(
+                    self.discriminator.parameters(), lr=lr * self.LR_SHARE, fused=True)
                 self._parts = (*self._parts, 'discriminator', 'discriminator_opt')
             if demos is not None:
                 self._demos = demos.to(self.device)
@@ -480,12 +477,15 @@ class ACAgent(DrQV2Agent):
             return {}
         if self._w_clone and not self._num_updates:
             for _ in range(self._num_pretrain_updates):
-                self._update(None, batch_size, step, self._w_critic and self._discriminates)
+                self._update(None, batch_size, step, self._discriminates)
         self._num_updates += 1
         return self._update(replay_buffer, batch_size, step, self._w_critic)
 
     def _update(self, replay_buffer, batch_size: int, step: int, with_critic) -> dict:
+        """The inverse model, then the actor, with the critic or by cloning alone; -> metrics."""
         metrics = self.update_inverse(replay_buffer, batch_size) if self._w_clone else {}
+        if with_critic and self._discriminates:
+            metrics |= self.update_discriminator(replay_buffer, batch_size)
         if with_critic:
             return metrics | super().update(replay_buffer, batch_size, step)
         return metrics | self.update_clone(batch_size)
@@ -502,9 +502,9 @@ class ACAgent(DrQV2Agent):
         return inverse(seen.flatten(1)).tanh()
 
     def _own_moments(self, replay_buffer, batch_size: int):
-        """-> history, later, action and the actions before it of `batch_size` of the agent's own
-        steps: from play alone while replay is empty, then half from each. Replay is nearer to the
-        demonstrations."""
+        """-> the agent's own steps: history (B, num_frames, D), later (B, NUM_AHEAD, D), action
+        (B, A) and the actions before it (B, num_actions, A). From play alone while replay is empty,
+        then half from each: replay is nearer to the demonstrations."""
         n = batch_size // 2 if replay_buffer is not None and len(replay_buffer) else batch_size
         past, ahead = range(0, -self._layout.num_frames, -1), range(1, self.NUM_AHEAD + 1)
         i = torch.randint(len(self._play.features), (n,), device=self.device)
@@ -543,14 +543,14 @@ class ACAgent(DrQV2Agent):
         i = torch.randint(len(demos), (batch_size,), device=self.device)
         steps = torch.randint(demos.shape[1] - 1, (batch_size,), device=self.device)
         history = moments(demos, i, steps, range(0, -layout.num_frames, -1))
-        label, *before = (self._label(i, steps - back) for back in range(layout.num_actions + 1))
+        labels = torch.stack([self._label(i, steps - back)
+                              for back in range(layout.num_actions + 1)], dim=1)
         shift = torch.randint(-self._max_shift, self._max_shift + 1, (batch_size,),
                               device=self.device)
         targets = layout.targets(demos, i, steps + shift)
         left = torch.rand(batch_size, 1, device=self.device)  # actions must not depend on the clock
-        before = torch.stack(before, dim=1) if before else None
-        features = self.encoder(layout.join(history, targets, left, before))
-        return action_loss(self.actor(features, 0.0).mean, label)
+        features = self.encoder(layout.join(history, targets, left, labels[:, 1:]))
+        return action_loss(self.actor(features, 0.0).mean, labels[:, 0])
 
     @torch.no_grad()
     def _update_mean(self, mean: nn.Module, net: nn.Module, optimizer):
@@ -573,38 +573,40 @@ class ACAgent(DrQV2Agent):
     # -------------------------------------------------------------------------- discriminator
 
     def _draw_own(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """`draw` where the reward is the discriminator's. Nothing depends on the clock, and no
-        episode ends."""
+        """`draw` where the reward is the discriminator's. The clock is random, so that nothing
+        depends on it, and no episode ends."""
         history, later, action, before = self._own_moments(replay_buffer, batch_size)
         none, left = later[:, :0], torch.rand(len(later), 1, device=later.device)
         obs = self._layout.join(history, none, left, before)
         history = torch.cat([later[:, :1], history[:, :-1]], dim=1)
         before = torch.cat([action[:, None], before], dim=1)[:, :self._layout.num_actions]
         next_obs = self._layout.join(history, none, left, before)
-        self.update_discriminator(next_obs)
         with torch.no_grad():
-            reward = self._tell(next_obs).sigmoid()
+            reward = self._tell(history).sigmoid()
         return obs, action, reward, torch.full_like(reward, self._discount), next_obs
 
-    def _tell(self, obs: torch.Tensor) -> torch.Tensor:
-        """Observations (B, n) -> (B, 1), above 0 where the frames look like a demonstration's."""
-        return self.discriminator(self._layout.split(self.encoder(obs))[0].flatten(1))
+    def _tell(self, history: torch.Tensor) -> torch.Tensor:
+        """Features (B, num_frames, D), newest first -> (B, 1), above 0 where they look like a
+        demonstration's."""
+        now = history[:, :1]
+        return self.discriminator(torch.cat([now, history[:, 1:] - now], dim=1).flatten(1))
 
-    def update_discriminator(self, own: torch.Tensor):
-        """Train it to tell demonstrated moments from the agent's own, (B, n), with a penalty on its
-        slope between the two (Gulrajani et al. 2017)."""
-        demos, layout = self._demos, self._layout
-        i = torch.randint(len(demos), (len(own),), device=self.device)
-        steps = torch.randint(demos.shape[1], (len(own),), device=self.device)
-        shown = own.clone()
-        layout.split(shown)[0][:] = moments(demos, i, steps, range(0, -layout.num_frames, -1))
-        between = torch.lerp(own, shown, torch.rand_like(own[:, :1])).requires_grad_()
+    def update_discriminator(self, replay_buffer, batch_size: int) -> dict[str, torch.Tensor]:
+        """Train the discriminator to tell demonstrations from the agent's own steps, with a penalty
+        on its slope between the two (Gulrajani et al. 2017)."""
+        own, *_ = self._own_moments(replay_buffer, batch_size)
+        i = torch.randint(len(self._demos), (batch_size,), device=self.device)
+        # The later of two: early moments show more of the start than of the task.
+        steps = torch.randint(self._demos.shape[1], (2, batch_size), device=self.device).amax(0)
+        shown = moments(self._demos, i, steps, range(0, -self._layout.num_frames, -1))
+        between = torch.lerp(own, shown, torch.rand_like(own[:, :1, :1])).requires_grad_()
         slope, = torch.autograd.grad(self._tell(between).sum(), between, create_graph=True)
         loss = (F.softplus(-self._tell(shown)).mean() + F.softplus(self._tell(own)).mean()
-                + self.SLOPE_WEIGHT * slope.square().sum(1).mean())
+                + self.SLOPE_WEIGHT * slope.square().sum((1, 2)).mean())
         self.discriminator_opt.zero_grad(set_to_none=True)
         loss.backward()
         self.discriminator_opt.step()
+        return {'discriminator_loss': loss.detach()}
 
     # --------------------------------------------------------------------------------- critic
 

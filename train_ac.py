@@ -29,6 +29,49 @@ WORKED = {'agreement': (0.01, -1), 'agreement_play': (0.015, -1), 'rank': (0.3, 
           'rank_play': (0.35, 1), 'probe_gross': (0.01, -1), 'probe_gross_play': (0.05, -1)}
 
 
+def check_all_settings(cfg):
+    """Raises: UserError for settings with which there is no run."""
+    check_settings(cfg)
+    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames')
+    utils.require_at_least(cfg, 0, 'num_actions', 'max_shift', 'num_pretrain_updates')
+    utils.require_at_least(cfg, 1 if cfg.w_clone else 0, 'num_play')
+    for one, other in (('w_feature', 'w_img'), ('w_critic', 'w_clone')):
+        if min(cfg[one], cfg[other]) < 0 or not cfg[one] + cfg[other]:
+            raise UserError(f'{one} and {other} must not be negative, nor both 0: set {one}=1.')
+    if cfg.w_clone and cfg.recipe == 'liu2017':
+        raise UserError(f'w_clone={cfg.w_clone} takes a pose code, which recipe=liu2017 has not: '
+                        'set w_clone=0.')
+    utils.schedule(cfg.stddev_schedule, 0)
+    if not isinstance(cfg.lr, (int, float)) or cfg.lr <= 0:
+        raise UserError(f'lr={cfg.lr} must be a number above 0: set lr=1e-3.')
+    if cfg.reward_scale is not None and not cfg.reward_scale > 0:
+        raise UserError(f'reward_scale={cfg.reward_scale} must be above 0, or null for a reward '
+                        'that does not saturate: set reward_scale=0.1.')
+    if min(cfg.relabel, cfg.hindsight) < 0 or cfg.relabel + cfg.hindsight > 1:
+        raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} are shares of one '
+                        'batch: set them to 0 or more, and no more than 1 together.')
+    if any(step < 1 for step in cfg.lookahead):
+        raise UserError(f'lookahead={list(cfg.lookahead)} is no list of steps ahead: set '
+                        'lookahead=[1,3,6,12].')
+    if not cfg.w_critic:
+        return
+    if not cfg.lookahead:
+        if cfg.recipe == 'liu2017' or not cfg.w_clone:
+            raise UserError('lookahead=[] leaves the critic nothing to track, and a discriminator '
+                            'in its place takes cloning: set lookahead=[1,3,6,12].')
+        if cfg.nstep != 1 or cfg.w_img:
+            raise UserError('without targets (lookahead=[]) the critic takes nstep=1 w_img=0: set '
+                            'these.')
+    elif cfg.relabel + cfg.hindsight:
+        if cfg.nstep != 1:
+            raise UserError(f'nstep={cfg.nstep} goes with the targets that were there: set '
+                            'nstep=1, or relabel=0 hindsight=0.')
+        if cfg.w_img or cfg.lookahead[0] != 1:
+            raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} work out rewards '
+                            'from observations, which takes w_img=0 and 1 as the first lookahead: '
+                            'set relabel=0 hindsight=0.')
+
+
 def act_as_often(cfg, source: str | Path, action_repeat: int):
     """Set action_repeat to that of the expert behind `source`.
 
@@ -82,44 +125,6 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
     return f'\n{text}\nvideo: {path}\ntable: {workspace.work_dir / "report.md"}'
 
 
-def check_all_settings(cfg):
-    """Raises: UserError for settings with which there is no run."""
-    check_settings(cfg)
-    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames')
-    utils.require_at_least(cfg, 0, 'num_actions', 'max_shift', 'num_pretrain_updates')
-    utils.require_at_least(cfg, 1 if cfg.w_clone else 0, 'num_play')
-    for one, other in (('w_feature', 'w_img'), ('w_critic', 'w_clone')):
-        if min(cfg[one], cfg[other]) < 0 or not cfg[one] + cfg[other]:
-            raise UserError(f'{one} and {other} must not be negative, nor both 0: set {one}=1.')
-    if cfg.w_clone and cfg.recipe == 'liu2017':
-        raise UserError(f'w_clone={cfg.w_clone} takes a pose code, which recipe=liu2017 has not: '
-                        'set w_clone=0.')
-    utils.schedule(cfg.stddev_schedule, 0)
-    if not isinstance(cfg.lr, (int, float)) or cfg.lr <= 0:
-        raise UserError(f'lr={cfg.lr} must be a number above 0: set lr=1e-3.')
-    if cfg.reward_scale is not None and not cfg.reward_scale > 0:
-        raise UserError(f'reward_scale={cfg.reward_scale} must be above 0, or null for a reward '
-                        'that does not saturate: set reward_scale=0.1.')
-    if min(cfg.relabel, cfg.hindsight) < 0 or cfg.relabel + cfg.hindsight > 1:
-        raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} are shares of one '
-                        'batch: set them to 0 or more, and no more than 1 together.')
-    if any(step < 1 for step in cfg.lookahead):
-        raise UserError(f'lookahead={list(cfg.lookahead)} is no list of steps ahead: set '
-                        'lookahead=[1,3,6,12].')
-    if cfg.w_critic and not cfg.lookahead and not cfg.w_clone:
-        raise UserError('lookahead=[] leaves the critic nothing to track; without targets its '
-                        "reward is a discriminator's, which takes play: set w_clone=1, or "
-                        'lookahead=[1,3,6,12].')
-    if cfg.w_critic and cfg.lookahead and cfg.relabel + cfg.hindsight:
-        if cfg.nstep != 1:
-            raise UserError(f'nstep={cfg.nstep} goes with the targets that were there: set '
-                            'nstep=1, or relabel=0 hindsight=0.')
-        if cfg.w_img or cfg.lookahead[0] != 1:
-            raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} work out rewards '
-                            'from observations, which takes w_img=0 and 1 as the first lookahead: '
-                            'set relabel=0 hindsight=0.')
-
-
 def judge_translator(scores: dict[str, float]) -> str:
     """A line of the code's scores, and a warning where one is worse than what has worked."""
     shown = {name: scores[name] for name in (*WORKED, 'probe', 'probe_play', 'open_loop',
@@ -170,8 +175,10 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
         print(judge_translator(scores))
     splits = open_videos(cfg, model.im_size)
 
-    # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
     last = utils.load_last(work_dir, 'imitator', cfg.task_name)
+    if last:
+        last['agent_args'].setdefault('num_actions', 0)  # made by an earlier version
+    # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
     demos = Demonstrations(model, splits['train'], last and last['made_by'].get('scale'))
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
     options = (cfg.num_frames, cfg.lookahead, cfg.num_actions,

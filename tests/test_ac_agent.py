@@ -1,5 +1,4 @@
 import copy
-import sys
 
 import dm_env
 import numpy as np
@@ -19,6 +18,7 @@ from ac_agent import (
     Reward,
     TrackingEncoder,
     action_loss,
+    past_actions,
 )
 from ct_model import ContextTranslator, to_uint8
 from drqv2 import DrQV2Agent
@@ -581,25 +581,28 @@ def roll_out(policy, num_episodes, seed, length=12, speed=0.3):
             for part in (features, actions)]
 
 
-def observe(features, demo, t):
+def observe(features, demo, t, layout=LAYOUT, actions=None):
     """Return the observation of one episode at step t, which follows `demo`."""
-    history = torch.stack([features[max(t - back, 0)] for back in range(LAYOUT.num_frames)])
+    history = torch.stack([features[max(t - back, 0)] for back in range(layout.num_frames)])
     left = torch.tensor([1 - t / (len(features) - 1)])
-    targets = LAYOUT.targets(demo[None], torch.tensor([0]), torch.tensor([t]))[0]
-    return LAYOUT.join(history, targets, left).numpy()
+    targets = layout.targets(demo[None], torch.tensor([0]), torch.tensor([t]))[0]
+    before = torch.zeros(layout.num_actions, 2)
+    for back in range(min(t, layout.num_actions)):
+        before[back] = actions[t - 1 - back]
+    return layout.join(history, targets, left, before).numpy()
 
 
-def store(folder, features, actions, demos):
+def store(folder, features, actions, demos, layout=LAYOUT):
     """A replay buffer that holds these episodes, each on the track of a demonstration."""
     reward = Reward(0.1, 0.0)
-    ring = ReplayBuffer(folder, specs.Array((LAYOUT.size,), np.float32), FakeEnv().action_spec(),
+    ring = ReplayBuffer(folder, specs.Array((layout.size,), np.float32), FakeEnv().action_spec(),
                         10_000, 1, 0.9)
     for x, action, demo in zip(features, actions, demos, strict=False):
-        ring.add(dm_env.restart(observe(x, demo, 0)))
+        ring.add(dm_env.restart(observe(x, demo, 0, layout)))
         for t in range(1, len(x)):
             worth = float(reward((x[t] - demo[t]).square().mean(), torch.tensor(t / len(action))))
             step = dm_env.termination if t == len(action) else dm_env.transition
-            ring.add(step(worth, observe(x, demo, t)), action[t - 1].numpy())
+            ring.add(step(worth, observe(x, demo, t, layout, action)), action[t - 1].numpy())
     return ring
 
 
@@ -696,30 +699,25 @@ def test_without_targets_transitions_are_the_agents_own(tmp_path, demo_features,
     agent = make_cloner(demo_features, play, lookahead=[], w_critic=1.0, num_actions=num_actions,
                         discount=0.9)
     layout = Layout(2, 2, (), num_actions, 2)
-    own = ReplayBuffer(tmp_path, specs.Array((layout.size,), np.float32), FakeEnv().action_spec(),
-                       1000, 1, 0.5)
-    env = Imitation(Walk(), FakeDemos(4), layout, REWARD, 8)
-    time_step = env.reset(episode_seed=0)
-    own.add(time_step)
-    while not time_step.last():
-        action = np.array([0.3, -0.3], np.float32)
-        time_step = env.step(action)
-        own.add(time_step, action)
-    for replay, num_play in ((None, 64), (own, 32)):
+    own = store(tmp_path, *roll_out(at_random, 20, seed=2), demo_features, layout)
+    for replay in (None, own):
         obs, action, reward, discount, next_obs = agent.draw(replay, 64)
         features, _, left, before = layout.split(obs)
         next_features, _, next_left, next_before = layout.split(next_obs)
-        moved = next_features[:, 0] - features[:, 0]
-        torch.testing.assert_close(moved[:num_play], 0.3 * action[:num_play])
-        assert (action[num_play:].abs() == np.float32(0.3)).all()
+        torch.testing.assert_close(next_features[:, 0], features[:, 0] + 0.3 * action)
         torch.testing.assert_close(next_features[:, 1], features[:, 0])
         torch.testing.assert_close(next_left, left)
         if num_actions:
+            torch.testing.assert_close(features[:, 0], features[:, 1] + 0.3 * before[:, 0])
             torch.testing.assert_close(next_before[:, 0], action)
             torch.testing.assert_close(next_before[:, 1], before[:, 0])
-            start = (before == 0).all(2)
-            assert start.any() and not start.all()
         assert ((reward > 0) & (reward < 1)).all() and (discount == 0.9).all()
+
+
+def test_past_actions_are_the_newest_first_and_zero_before_the_start():
+    actions = torch.arange(1, 13).view(2, 6, 1)
+    past = past_actions(actions, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 5]), 2)
+    assert past[..., 0].tolist() == [[0, 0], [1, 0], [8, 7], [11, 10]]
 
 
 def test_in_cloning_the_actions_before_are_the_labels_before(demo_features):
@@ -847,10 +845,10 @@ def test_without_cloning_and_relabelling_it_is_drqv2(tmp_path, demo_features):
 
 
 @pytest.mark.parametrize('lookahead', [[1, 2], []])
-def test_an_agent_goes_on_from_its_state(tmp_path, demo_features, lookahead, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], 'LAYOUT', Layout(2, 2, tuple(lookahead)))
+def test_an_agent_goes_on_from_its_state(tmp_path, demo_features, lookahead):
+    layout = Layout(2, 2, tuple(lookahead))
     play = Play(*roll_out(at_random, 5, seed=1))
-    own = store(tmp_path, *play, demo_features)
+    own = store(tmp_path, *play, demo_features, layout)
     options = dict(num_pretrain_updates=5, w_critic=0.5, lookahead=lookahead)
     agent, other = (make_cloner(demo_features, play, **options) for _ in range(2))
     for step in range(3):
@@ -858,11 +856,11 @@ def test_an_agent_goes_on_from_its_state(tmp_path, demo_features, lookahead, mon
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
     losses = []
     for each, name in ((agent, 'one'), (other, 'two')):
-        own = store(tmp_path / name, *play, demo_features)
+        own = store(tmp_path / name, *play, demo_features, layout)
         torch.manual_seed(7)
         losses.append([each.update(own, 16, step) for step in range(3, 6)])
     assert losses[0] == losses[1]
-    obs = np.ones(LAYOUT.size, np.float32)
+    obs = np.ones(layout.size, np.float32)
     np.testing.assert_array_equal(*(each.act(obs, 0, eval_mode=True) for each in (agent, other)))
 
 

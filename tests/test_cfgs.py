@@ -47,8 +47,8 @@ def test_task_files_speak_of_drqv2_and_of_the_imitators_exceptions_alone(task):
 
 
 # One of each kind: a tier alone, an exception in each key that a file names, and no file at all.
-KINDS = ['finger_spin', 'finger_turn_easy', 'reacher_hard', 'walker_run', 'humanoid_walk',
-         'quadruped_run', 'fish_swim']
+KINDS = ['finger_spin', 'finger_turn_easy', 'reacher_hard', 'walker_walk', 'walker_run',
+         'humanoid_walk', 'quadruped_run', 'fish_swim']
 
 
 def own_values(cfg):
@@ -59,7 +59,7 @@ def own_values(cfg):
         for key in ('drqv2', 'imitator'):
             part.pop(key, None)
         if values.get('recipe') == 'pose_code':
-            for key in ('lookahead', 'max_shift', 'w_critic'):
+            for key in ('lookahead', 'num_actions', 'max_shift', 'w_critic'):
                 part.pop(key, None)
     return values
 
@@ -112,12 +112,16 @@ def test_a_users_word_stands_above_the_task_files():
 
 
 def test_a_task_file_may_say_otherwise_of_its_imitator():
-    assert cfg_of('train_ac', 'task=finger_spin').agent.lookahead == []
-    assert cfg_of('train_ac', 'task=reacher_hard').agent.lookahead == [1, 2, 3, 5, 8, 12]
-    assert cfg_of('train_ac', 'task=reacher_hard').agent.max_shift == 0
-    assert cfg_of('train_ac', 'task=finger_spin').agent.max_shift == 6
-    assert cfg_of('train_ac', 'task=finger_turn_easy').agent.w_critic == 1
-    assert cfg_of('train_ac', 'task=reacher_hard').agent.w_critic == 0
+    def said(*overrides):
+        agent = cfg_of('train_ac', *overrides).agent
+        return agent.lookahead, agent.num_actions, agent.max_shift, agent.w_critic
+    targets = [1, 2, 3, 5, 8, 12]
+    assert said('task=cheetah_run') == (targets, 0, 6, 0)
+    assert said('task=reacher_hard') == (targets, 0, 0, 0)
+    assert said('task=finger_spin') == ([], 0, 6, 0)
+    assert said('task=finger_turn_easy') == (targets, 0, 6, 1)
+    assert said('task=walker_walk') == ([], 2, 6, 1)
+    assert said('task=walker_walk', 'recipe=liu2017') == ([1, 3, 6, 12], 0, 0, 1)
     assert cfg_of('train_ac', 'task=finger_turn_easy', 'w_critic=0').agent.w_critic == 0
     assert cfg_of('train_ac', 'task=finger_spin', 'recipe=liu2017').lookahead == [1, 3, 6, 12]
 
