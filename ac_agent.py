@@ -441,6 +441,10 @@ class ACAgent(DrQV2Agent):
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
         self._relabel, self._hindsight, self._discount = relabel, hindsight, discount
         self._discriminates = bool(w_critic and w_clone and not lookahead)
+        if self._discriminates:
+            # Most of the critic's steps are play's. With layer normalisation it does not overrate
+            # what play never did (Ball et al. 2023).
+            self.mlp = mlp
         super().__init__(obs_shape, action_dim, lr=lr, hidden_dim=hidden_dim, **drqv2_args)
         if w_clone:
             in_dim = feature_dim_of_frame * (num_frames + self.NUM_AHEAD)

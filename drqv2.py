@@ -114,7 +114,7 @@ class Actor(nn.Module):
     """(B, repr_dim) -> the mean action's truncated normal, (B, action_dim)."""
 
     def __init__(self, repr_dim: int, action_dim: int, feature_dim: int | None,
-                 hidden_dim: int):
+                 hidden_dim: int, mlp=mlp):
         super().__init__()
         self.trunk = trunk(repr_dim, feature_dim)
         self.policy = mlp(feature_dim or repr_dim, hidden_dim, action_dim)
@@ -129,7 +129,7 @@ class Critic(nn.Module):
     """(B, repr_dim), (B, action_dim) -> two estimates of the return, each (B, 1)."""
 
     def __init__(self, repr_dim: int, action_dim: int, feature_dim: int | None,
-                 hidden_dim: int):
+                 hidden_dim: int, mlp=mlp):
         super().__init__()
         self.trunk = trunk(repr_dim, feature_dim)
         in_dim = (feature_dim or repr_dim) + action_dim
@@ -144,6 +144,8 @@ class Critic(nn.Module):
 
 class DrQV2Agent:
     """Acts, and updates from replayed batches; `update` returns metrics as 0-d tensors."""
+
+    mlp = staticmethod(mlp)  # of actor and critic
 
     def __init__(self, obs_shape, action_dim: int, device='cpu', lr: float = 1e-4,
                  feature_dim: int | None = 50, hidden_dim: int = 1024,
@@ -172,7 +174,7 @@ class DrQV2Agent:
         utils.set_precision(precision)
 
         self.encoder = self.make_encoder(tuple(obs_shape)).to(self.device)
-        sizes = (self.encoder.repr_dim, action_dim, feature_dim, hidden_dim)
+        sizes = (self.encoder.repr_dim, action_dim, feature_dim, hidden_dim, self.mlp)
         # The policy acts; a subclass may act with other weights than it trains.
         self.actor = self.policy = Actor(*sizes).to(self.device)
         self.critic = Critic(*sizes).to(self.device)
