@@ -10,6 +10,8 @@ BUDGET ?= full
 # Tasks that need other numbers of episodes or frames than the rest, with BUDGET=full.
 DEMOS_finger_turn_easy = 1000
 PLAY_finger_turn_easy  = 1000
+DEMOS_walker_walk      = 600
+PLAY_walker_walk       = 3000
 PLAY_reacher_hard      = 200
 FRAMES_reacher_hard    = 20_000
 
