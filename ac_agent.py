@@ -347,6 +347,13 @@ def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_a
     return Imitation(env, demos, layout, reward, meta['im_size'], w_feature, w_img, evaluate)
 
 
+def seen_from_now(history: torch.Tensor) -> torch.Tensor:
+    """Features (..., num_frames, D), newest first -> the same shape: the older ones become how they
+    have moved since."""
+    now = history[..., :1, :]
+    return torch.cat([now, history[..., 1:, :] - now], dim=-2)
+
+
 class TrackingEncoder(nn.Module):
     """The observation, seen from the agent's present: (B, n) -> (B, n).
 
@@ -360,9 +367,8 @@ class TrackingEncoder(nn.Module):
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         features, targets, left, actions = self._layout.split(obs)
-        now = features[..., :1, :]
-        return self._layout.join(torch.cat([now, features[..., 1:, :] - now], dim=-2),
-                                 targets - now, left, actions)
+        return self._layout.join(seen_from_now(features), targets - features[..., :1, :], left,
+                                 actions)
 
 
 class Play(NamedTuple):
@@ -442,8 +448,8 @@ class ACAgent(DrQV2Agent):
         self._relabel, self._hindsight, self._discount = relabel, hindsight, discount
         self._discriminates = bool(w_critic and w_clone and not lookahead)
         if self._discriminates:
-            # Most of the critic's steps are play's. With layer normalisation it does not overrate
-            # what play never did (Ball et al. 2023).
+            # Half of the critic's steps are play's, or more. With layer normalisation it does not
+            # overrate what play never did (Ball et al. 2023).
             self.mlp = mlp
         super().__init__(obs_shape, action_dim, lr=lr, hidden_dim=hidden_dim, **drqv2_args)
         if w_clone:
@@ -501,8 +507,7 @@ class ACAgent(DrQV2Agent):
                        ) -> torch.Tensor:
         """Features (B, num_frames, D), newest first, and what came next (B, NUM_AHEAD, D)
         -> the actions after the newest (B, A)."""
-        now = history[:, :1]
-        seen = torch.cat([now, history[:, 1:] - now, later - now], dim=1)
+        seen = torch.cat([seen_from_now(history), later - history[:, :1]], dim=1)
         return inverse(seen.flatten(1)).tanh()
 
     def _own_moments(self, replay_buffer, batch_size: int):
@@ -592,8 +597,7 @@ class ACAgent(DrQV2Agent):
     def _tell(self, history: torch.Tensor) -> torch.Tensor:
         """Features (B, num_frames, D), newest first -> (B, 1), above 0 where they look like a
         demonstration's."""
-        now = history[:, :1]
-        return self.discriminator(torch.cat([now, history[:, 1:] - now], dim=1).flatten(1))
+        return self.discriminator(seen_from_now(history).flatten(1))
 
     def update_discriminator(self, replay_buffer, batch_size: int) -> dict[str, torch.Tensor]:
         """Train the discriminator to tell demonstrations from the agent's own steps, with a penalty
