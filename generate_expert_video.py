@@ -13,7 +13,6 @@ import functools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -349,10 +348,7 @@ def film_all(cfg, jobs: list[tuple[str, int]], total: int):
 
 @utils.main('generate_expert_video', dmc.task_names())
 def main(cfg):
-    try:
-        generate(cfg)
-    except KeyboardInterrupt:
-        sys.exit('interrupted; the same command goes on from here')
+    generate(cfg)
     for split, kind in SPLITS.items():
         if not cfg[f'num_{split}']:
             continue

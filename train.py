@@ -97,7 +97,7 @@ class Workspace:
             work_dir / 'buffer', obs_spec, train_env.action_spec(), capacity, cfg.nstep,
             cfg.discount, cfg.frame_stack if len(obs_spec.shape) == 3 else 1, slack, cfg.seed,
             device, resume=bool(last) and last['global_step'] < self.num_train_steps)
-        self.elapsed, self.last_eval_step = 0.0, None
+        self.elapsed, self.last_eval_step, self.stop = 0.0, None, utils.Stop()
         self.evaluations = []  # [frame, mean return, standard deviation]
         if last:
             self.load_state(last)
@@ -112,24 +112,39 @@ class Workspace:
         return self.global_step * self.cfg.action_repeat
 
     def train(self):
-        if self.global_step == 0:
-            self.eval()
-        self.run(self.cfg.num_train_frames)
-        self.finish()
+        """The whole run. On Ctrl-C and SIGTERM it ends after the step at work, with a snapshot.
+
+        Raises: utils.Interrupted then.
+        """
+        with self.stop:
+            try:
+                if self.global_step == 0:
+                    self.eval()
+                self.run(self.cfg.num_train_frames)
+                self.finish()
+            except utils.Interrupted:
+                if self.global_step > self.first_step:
+                    self.save_snapshot()
+                raise
 
     def run(self, num_frames: int):
         """Go on until the run has had so many frames in all, from the start of an episode."""
         cfg = self.cfg
         train_until_step = utils.Until(num_frames, cfg.action_repeat)
         seed_until_step = utils.Until(cfg.num_seed_frames, cfg.action_repeat)
-        every = [utils.Every(frames, cfg.action_repeat, self.global_step) for frames in
-                 (cfg.log_every_frames, cfg.eval_every_frames, cfg.snapshot_every_frames)]
+        # one that was interrupted in an evaluation makes up for it
+        evaluated = self.evaluations[-1][0] // cfg.action_repeat if self.evaluations else 0
+        every = [utils.Every(frames, cfg.action_repeat, since) for frames, since in
+                 ((cfg.log_every_frames, self.global_step), (cfg.eval_every_frames, evaluated),
+                  (cfg.snapshot_every_frames, self.global_step))]
         if not train_until_step(self.global_step):
             return
         time_step = self.start_episode()
         # Whatever ends the loop, no update outlives it.
         with ThreadPoolExecutor(1) if self.overlap else Inline() as executor:
             while train_until_step(self.global_step):
+                self.stop.raise_if_asked()  # the broken-off episode will be played anew
+
                 # sample an action
                 action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
 
@@ -184,6 +199,7 @@ class Workspace:
             episode_seed=utils.derive_seed(self.cfg.seed, EVAL, episode))
         yield time_step
         while not time_step.last():
+            self.stop.raise_if_asked()
             action = self.agent.act(time_step.observation, self.global_step, eval_mode=True)
             time_step = self.eval_env.step(action)
             yield time_step

@@ -455,11 +455,15 @@ def open_splits(cfg) -> dict[str, video.Clips]:
     return clips
 
 
-def train(cfg, work_dir: Path):
+def train(cfg, work_dir: Path, stop: utils.Stop | None = None):
     """The whole run, from its last snapshot on where there is one.
+
+    Args:
+      stop: ends the run between two steps, with a snapshot.
 
     Raises: UserError for bad settings or data, before anything is written.
     """
+    stop = stop or utils.Stop()
     check_settings(cfg)
     utils.set_precision(cfg.precision)
     device = utils.pick_device(cfg.device)
@@ -542,7 +546,7 @@ def train(cfg, work_dir: Path):
         logger.log_metrics(metrics, step)
 
         translated, last = step == cfg.num_train_steps, step == num_steps
-        snapshot_now = translated or last or step % cfg.snapshot_every == 0
+        snapshot_now = translated or last or step % cfg.snapshot_every == 0 or bool(stop.asked)
         # with each snapshot too: means over steps before and after it would not survive a kill
         if snapshot_now or step % cfg.log_every == 0:
             logger.log_metrics({'total_time': timer.total()}, step)
@@ -572,6 +576,7 @@ def train(cfg, work_dir: Path):
                              for name, sampler in samplers.items()},
                 'step': step, 'best': best, 'scores': scores, 'elapsed': timer.total(),
                 'rng': utils.get_rng_states()})
+        stop.raise_if_asked()
     logger.close()
 
 
@@ -592,8 +597,8 @@ def measure_code(model: ContextTranslator, splits: dict[str, video.Clips], autoc
 @utils.main('train_ct', dmc.task_names())
 def main(cfg):
     work_dir = utils.work_dir()
-    with utils.only_one_at_work(work_dir):
-        train(cfg, work_dir)
+    with utils.only_one_at_work(work_dir), utils.Stop() as stop:
+        train(cfg, work_dir, stop)
     print(f'snapshot: {work_dir / "best.pt"}\n'
           f'next: python utils.py slim {work_dir / "best.pt"} ct/{cfg.task_name}.pt && '
           f'python train_ac.py task={cfg.task_name} data_dir={cfg.data_dir}'

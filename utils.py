@@ -11,7 +11,9 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Sequence
@@ -36,12 +38,13 @@ class Damaged(UserError):
 def main(config_name: str, task_names: Sequence[str]):
     """`hydra.main` for the scripts: any of these tasks by name, and errors in one sentence.
 
-    A `UserError` is printed without a traceback and ends the script with exit code 2.
+    A `UserError` is printed without a traceback and ends the script with exit code 2; Ctrl-C and
+    SIGTERM end it with 130 and 143 and the command that goes on.
     """
     def decorate(script):
         @functools.wraps(script)
         def guarded(cfg):
-            with exit_on_user_error():
+            with exit_on_user_error(), raise_interrupts():
                 script(cfg)
 
         def run():
@@ -60,6 +63,11 @@ def exit_on_user_error():
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
+    except Interrupted as error:
+        folder = work_dir()
+        where = '' if folder == Path.cwd() else f' hydra.run.dir={shlex.quote(str(folder))}'
+        print(f'\ninterrupted; this goes on: python {command()}{where}', file=sys.stderr)
+        sys.exit(128 + error.signal)
 
 
 def register_tasks(task_names: Sequence[str], overrides: list[str]):
@@ -138,6 +146,70 @@ def _short(value) -> str:
 
 
 # ------------------------------------------------------------------------------------------ process
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, whose number is `signal`."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.signal = number
+
+
+def _raise_interrupt(number: int, frame):
+    _set_handlers(signal.SIG_DFL)  # a second one ends the process at once
+    raise Interrupted(number)
+
+
+def _set_handlers(handler):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def raise_interrupts():
+    """Within the block Ctrl-C and SIGTERM raise `Interrupted`, so that nothing half done is left.
+
+    Where something else already answers SIGTERM (a cluster's launcher), it goes on doing so.
+    """
+    if (threading.current_thread() is not threading.main_thread()
+            or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL):
+        yield
+        return
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    _set_handlers(_raise_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Stop:
+    """As a context manager it holds back `Interrupted`, until `raise_if_asked` is called: a run
+    then ends between two steps. A second Ctrl-C or SIGTERM ends the process at once."""
+
+    def __init__(self):
+        self.asked = None  # the number of the signal
+
+    def __enter__(self):
+        self._holds = signal.getsignal(signal.SIGTERM) is _raise_interrupt
+        if self._holds:
+            _set_handlers(self._note)
+        return self
+
+    def __exit__(self, *_):
+        if self._holds and not self.asked:
+            _set_handlers(_raise_interrupt)
+
+    def _note(self, number: int, frame):
+        _set_handlers(signal.SIG_DFL)
+        self.asked = number
+        print('\nstopping after this step; once more ends it at once', file=sys.stderr)
+
+    def raise_if_asked(self):
+        if self.asked:
+            raise Interrupted(self.asked)
+
 
 def machine() -> str:
     """The name of the GPU in use, or 'CPU, 2 threads' (those of one operation)."""

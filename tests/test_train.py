@@ -108,6 +108,46 @@ def test_a_resume_that_is_refused_takes_nothing_away(tmp_path):
     make(tmp_path, False).train()
 
 
+class InterruptedEnv(FakeEnv):
+    """Gets a signal in its n-th step."""
+
+    def __init__(self, at, number=signal.SIGTERM):
+        super().__init__()
+        self.steps, self.at, self.number = 0, at, number
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().step(action)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_after_the_step_with_a_snapshot(tmp_path, number):
+    with pytest.raises(utils.Interrupted) as error, utils.raise_interrupts():
+        make(tmp_path, False, InterruptedEnv(157, number)).train()
+    assert error.value.signal == number
+    resumed = make(tmp_path, False)
+    assert resumed.global_step == 157
+    assert len(resumed.replay_buffer) == 15 * 11  # whole episodes; the broken-off one is dropped
+    resumed.train()
+    assert resumed.global_step == 200
+    assert [row['frame'] for row in rows(tmp_path / 'eval.csv')] == [
+        '0', '100', '200', '300', '400']
+
+
+def test_a_run_interrupted_while_it_evaluates_makes_up_for_it(tmp_path):
+    workspace = make(tmp_path, False)
+    workspace.eval_env = InterruptedEnv(45)  # ten steps an episode, two episodes an evaluation
+    with pytest.raises(utils.Interrupted), utils.raise_interrupts():
+        workspace.train()
+    resumed = make(tmp_path, False)
+    assert resumed.global_step == 100
+    resumed.train()
+    assert [row['frame'] for row in rows(tmp_path / 'eval.csv')] == [
+        '0', '100', '220', '300', '400']  # after the next episode
+
+
 def test_no_update_outlives_the_loop(tmp_path):
     """Else it would go on drawing random numbers, those of a run resumed in the same process."""
     workspace, running = make(tmp_path, False, DyingEnv(False, 60)), []
@@ -208,6 +248,21 @@ def test_actions_that_last_no_frame_are_refused(tmp_path):
 def test_less_than_one_step_is_refused(tmp_path):
     with pytest.raises(UserError, match='num_train_frames=1 is not even one step of 2 frames'):
         train.make_workspace(OmegaConf.merge(CFG, {'num_train_frames': 1}), tmp_path)
+
+
+def test_a_script_says_how_an_interrupted_run_goes_on(tmp_path):
+    command = ['train.py', 'task=reacher_easy', 'obs=states', 'use_tb=false', 'save_video=false',
+               'num_eval_episodes=1', 'num_seed_frames=1000', 'device=cpu']
+    run = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:],
+                            f'hydra.run.dir={tmp_path}/run'], cwd=tmp_path,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while '/' not in run.stdout.readline():  # '2000/... frames': the loop goes on
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    _, error = run.communicate(timeout=30)
+    assert run.returncode == 143 and 'Traceback' not in error
+    assert f"python {' '.join(command)} hydra.run.dir={tmp_path}/run" in error
+    assert utils.load_snapshot(tmp_path / 'run/snapshot.pt', 'expert')['global_step'] > 0
 
 
 def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):

@@ -1,5 +1,7 @@
 import itertools
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,6 +221,28 @@ def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(data, tmp_path, m
     assert whole['step'] == num_steps or recipe == 'liu2017'
     for name in ('train.csv', 'eval.csv'):
         assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
+
+
+@pytest.mark.parametrize('at', [5, 14])  # in the translator's steps, and in the code's
+def test_an_interrupted_and_resumed_run_ends_as_one_that_ran_through(data, tmp_path, monkeypatch,
+                                                                     unmeasured, at):
+    cfg = config(data, recipe='pose_code')
+    train(cfg, tmp_path / 'whole')
+    update, steps = train_ct.update, []
+
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(*args)
+    monkeypatch.setattr(train_ct, 'update', interrupted)
+    with pytest.raises(utils.Interrupted), utils.raise_interrupts(), utils.Stop() as stop:
+        train(cfg, tmp_path / 'interrupted', stop)
+    train(cfg, tmp_path / 'interrupted')
+    assert len(steps) == 19
+    whole, again = (utils.load_snapshot(tmp_path / run / 'best.pt', 'translator', 'fake_walk')
+                    for run in ('whole', 'interrupted'))
+    require_equal(whole, again)
 
 
 def test_the_code_is_fitted_to_the_best_translator(data, tmp_path, monkeypatch, unmeasured):

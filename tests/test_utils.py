@@ -3,6 +3,7 @@ import functools
 import graphlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,31 @@ def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
     utils.slim(tmp_path / 'run.pt', tmp_path / 'slim.pt')
     slim = utils.load_snapshot(tmp_path / 'slim.pt', 'imitator', 'reacher_hard')
     assert slim['agent'].keys() == {'encoder', 'policy'}
+
+
+def test_signals_are_raised_and_held_back():
+    with utils.raise_interrupts():
+        with pytest.raises(utils.Interrupted) as error:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert error.value.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends at once
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with utils.raise_interrupts(), pytest.raises(utils.Interrupted), utils.Stop() as stop:
+        stop.raise_if_asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked == signal.SIGINT  # and still here
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        stop.raise_if_asked()
+        raise AssertionError
+    with utils.Stop() as stop:  # nobody asked for signals to be answered
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_launchers_own_answer_to_sigterm_stays(monkeypatch):
+    monkeypatch.setattr(signal, 'signal', pytest.fail)
+    monkeypatch.setattr(signal, 'getsignal', lambda number: print)
+    with utils.raise_interrupts(), utils.Stop():
+        pass
 
 
 def test_device():
