@@ -1,5 +1,6 @@
 """One file-backed ring of single frames, from which n-step transitions are sampled."""
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class ReplayBuffer:
         frame = (obs_spec.shape[0] // frame_stack, *obs_spec.shape[1:])
         layout = {'obs': (frame, obs_spec.dtype), 'action': (action_spec.shape, np.float32),
                   'reward': ((), np.float32), 'discount': ((), np.float32),
-                  'first': ((), np.int64), 'last': ((), np.int64)}
+                  'first': ((), np.int64), 'last': ((), np.int64), 'checksum': ((), np.int64)}
         self._root = Path(root)
         row_bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize
                         for shape, dtype in layout.values())
@@ -58,6 +59,7 @@ class ReplayBuffer:
             if not resume:
                 self._root.mkdir(parents=True, exist_ok=True)
                 self._rows[name] = np.lib.format.open_memmap(path, 'w+', dtype, shape)
+                utils.reserve(path)
                 continue
             try:
                 rows = np.lib.format.open_memmap(path, 'r')  # 'r+' would lengthen a short file
@@ -90,7 +92,16 @@ class ReplayBuffer:
             rows = np.arange(self._end, self._cursor) % self._size
             self._rows['first'][rows] = self._end
             self._rows['last'][rows] = self._cursor - 1
+            self._rows['checksum'][rows] = self._checksum(rows)
             self._end = self._cursor
+
+    def _checksum(self, rows: np.ndarray) -> int:
+        """Of all that stands in these rows, but for the checksums."""
+        value = 0
+        for name, column in self._rows.items():
+            if name != 'checksum':
+                value = zlib.crc32(column[rows], value)
+        return value
 
     def sample(self, batch_size: int, ahead: tuple[int, ...] = ()) -> tuple[torch.Tensor, ...]:
         """-> obs (B, *obs), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, *obs), and
@@ -140,9 +151,24 @@ class ReplayBuffer:
         return {'end': self._end, 'rng': self._rng.bit_generator.state}
 
     def load_state_dict(self, state: dict):
-        """Go back to a state; rows written since are not seen, and written again."""
+        """Go back to a state; rows written since are not seen, and written again.
+
+        Raises: UserError where an episode that can be sampled is not as it was written.
+        """
         self._end = self._cursor = state['end']
         self._rng.bit_generator.state = state['rng']
+        oldest, end = self._end - len(self), self._end
+        while end > oldest:
+            first = int(self._rows['first'][(end - 1) % self._size])
+            if first < oldest and oldest > 0:  # its first rows may be overwritten by now
+                break
+            rows = np.arange(first, end) % self._size
+            if (not 0 <= first < end
+                    or (self._rows['checksum'][rows] != self._checksum(rows)).any()):
+                raise UserError(f'the replay buffer in {self._root} is damaged (the episode that '
+                                f'ends in row {(end - 1) % self._size}): bring its files back, or '
+                                'start a new run.')
+            end = first
 
     def remove(self):
         """Delete the files: a finished run has no more use for them."""

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -62,6 +63,11 @@ def exit_on_user_error():
         yield
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f'error: {_room(error.filename)}', file=sys.stderr)
         sys.exit(2)
     except Interrupted as error:
         folder = work_dir()
@@ -351,13 +357,44 @@ def check_disk(folder: str | Path, num_bytes: int, what: str, remedy: str):
     parent = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if num_bytes > free:
-        raise UserError(f'{what} in {folder} needs {num_bytes / 2**30:.1f} GiB and '
-                        f'{free / 2**30:.1f} GiB are free: {remedy}.')
+        raise UserError(f'{what} in {folder} needs {_size(num_bytes)} and {_size(free)} are free: '
+                        f'{remedy}.')
+
+
+def reserve(path: Path):
+    """Give the blocks of a sparse file to it: a disk that fills up later would end the process that
+    writes to its memory map (SIGBUS). Some file systems cannot.
+
+    Raises: OSError where the disk is full.
+    """
+    with open(path, 'rb+') as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno in FULL:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _size(num_bytes: int) -> str:
+    unit = next((unit for unit in ('GiB', 'MiB') if num_bytes >= UNITS[unit]), 'KiB')
+    return f'{num_bytes / UNITS[unit]:.1f} {unit}'
+
+
+UNITS = {'GiB': 2 ** 30, 'MiB': 2 ** 20, 'KiB': 2 ** 10}
+FULL = errno.ENOSPC, errno.EDQUOT
+
+
+def _room(path: str | Path | None) -> str:
+    return (f"the disk{f' of {path}' if path else ''} is full: make room, and the same command in "
+            'the same folder (hydra.run.dir, out_dir) goes on from what is whole.')
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-    """Yields a temporary path beside `path`, which takes its place only when the block succeeds."""
+    """Yields a temporary path beside `path`, which takes its place only when the block succeeds.
+
+    Raises: UserError where the disk is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers such as imageio go by it.
@@ -373,6 +410,11 @@ def atomic_write(path: str | Path):
                 os.fsync(folder)
         finally:
             os.close(folder)
+    except (OSError, RuntimeError) as error:  # PyTorch and ffmpeg do not tell the cause
+        cause = getattr(error.__context__ or error, 'errno', None)
+        if cause in FULL or shutil.disk_usage(path.parent).free < UNITS['MiB']:
+            raise UserError(_room(path)) from error
+        raise
     finally:
         tmp.unlink(missing_ok=True)
 

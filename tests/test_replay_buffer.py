@@ -142,6 +142,28 @@ def test_slack_keeps_what_the_last_snapshot_still_samples(tmp_path):
         assert one.equal(other)
 
 
+@pytest.mark.parametrize('name', ['obs', 'action', 'reward', 'discount', 'first', 'last',
+                                  'checksum'])
+@pytest.mark.parametrize('bit', [0, 7])
+def test_a_changed_byte_is_found(tmp_path, name, bit):
+    """In any row that can be sampled; what was written since the snapshot does not matter."""
+    buffer, env = make(tmp_path), FakeEnv()
+    play(buffer, env, 3)
+    state = buffer.state_dict()
+    play(buffer, env, 1, first_seed=50)
+    make(tmp_path, resume=True).load_state_dict(state)
+    rows = np.lib.format.open_memmap(tmp_path / f'{name}.npy', 'r+')
+    for row, found in ((0, True), (17, True), (32, True), (33, False), (40, False)):
+        place = rows[row:row + 1].view(np.uint8).reshape(-1)
+        place[0] ^= 1 << bit
+        if found:
+            with pytest.raises(UserError, match='damaged'):
+                make(tmp_path, resume=True).load_state_dict(state)
+        else:
+            make(tmp_path, resume=True).load_state_dict(state)
+        place[0] ^= 1 << bit
+
+
 @pytest.mark.parametrize('change', ['size', 'gone', 'cut short'])
 def test_other_files_are_refused_and_stay_as_they_are(tmp_path, change):
     play(make(tmp_path), FakeEnv(), 1)
@@ -161,3 +183,10 @@ def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, monkeypat
     with pytest.raises(UserError, match='replay_buffer_size'):
         make(tmp_path / 'buffer')
     assert not (tmp_path / 'buffer').exists()
+
+
+def test_the_rings_files_have_their_blocks_from_the_start(tmp_path):
+    """A disk that fills up later would otherwise end the process, through the memory map."""
+    make(tmp_path / 'ring', capacity=100_000)
+    for path in (tmp_path / 'ring').iterdir():
+        assert path.stat().st_blocks * 512 >= path.stat().st_size

@@ -1,4 +1,5 @@
 import ast
+import errno
 import functools
 import graphlib
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +138,32 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
     with pytest.raises(UserError, match=f'{path} is from before.*lower learning'):
         save({**state, 'agent': {'actor': {'w': torch.tensor([1.0, bad])}}})
     assert path.read_bytes() == before and not list(tmp_path.glob('.tmp*'))
+
+
+def test_a_full_disk_is_told_and_costs_no_snapshot(tmp_path, monkeypatch, capsys):
+    path = tmp_path / 'snapshot.pt'
+    utils.save_snapshot(path, 'expert', 'x', {'made_by': {}, 'step': 1})
+    monkeypatch.setattr(utils.shutil, 'disk_usage', lambda _: SimpleNamespace(free=1000))
+
+    def save(payload, tmp):  # PyTorch's error does not tell the cause
+        tmp.write_bytes(b'half')
+        raise RuntimeError('unexpected pos')
+    monkeypatch.setattr(utils.torch, 'save', save)
+    with pytest.raises(SystemExit) as end, utils.exit_on_user_error():
+        utils.save_snapshot(path, 'expert', 'x', {'made_by': {}, 'step': 2})
+    assert end.value.code == 2 and f'disk of {path} is full' in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ['snapshot.pt']
+    assert utils.load_snapshot(path, 'expert')['step'] == 1
+    with pytest.raises(UserError, match='needs 2.0 KiB and 1.0 KiB are free: wait'):
+        utils.check_disk(tmp_path, 2048, 'it', 'wait')
+
+
+def test_a_full_disk_is_told_wherever_it_is_met(capsys):
+    with pytest.raises(SystemExit) as end, utils.exit_on_user_error():
+        raise OSError(errno.ENOSPC, 'no space', 'train.csv')
+    assert end.value.code == 2 and 'disk of train.csv is full' in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError), utils.exit_on_user_error():
+        Path('/nowhere').read_bytes()
 
 
 def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
