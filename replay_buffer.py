@@ -103,6 +103,9 @@ class ReplayBuffer:
                 value = zlib.crc32(column[rows], value)
         return value
 
+    def _is_whole(self, rows: np.ndarray) -> bool:
+        return bool((self._rows['checksum'][rows] == self._checksum(rows)).all())
+
     def sample(self, batch_size: int, ahead: tuple[int, ...] = ()) -> tuple[torch.Tensor, ...]:
         """-> obs (B, *obs), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, *obs), and
         for every number of steps in `ahead` the obs so long after the first (B, *obs), the
@@ -162,9 +165,7 @@ class ReplayBuffer:
             first = int(self._rows['first'][(end - 1) % self._size])
             if first < oldest and oldest > 0:  # its first rows may be overwritten by now
                 break
-            rows = np.arange(first, end) % self._size
-            if (not 0 <= first < end
-                    or (self._rows['checksum'][rows] != self._checksum(rows)).any()):
+            if not 0 <= first < end or not self._is_whole(np.arange(first, end) % self._size):
                 raise UserError(f'the replay buffer in {self._root} is damaged (the episode that '
                                 f'ends in row {(end - 1) % self._size}): bring its files back, or '
                                 'start a new run.')
