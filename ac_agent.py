@@ -115,9 +115,11 @@ def load_translator(path: str | Path, task_name: str, recipe: str, device: torch
     """
     retrain = f'python train_ct.py task={task_name}'
     made = utils.load_snapshot(path, 'translator', task_name, remedy=retrain)
-    utils.require_same_pictures(path, made['made_by']['videos'], made['made_by'].get('quality'),
-                                dmc.CONTEXT_QUALITY, retrain)
-    model = ContextTranslator(**made['model_args'])
+    with utils.must_fit(path, retrain):
+        utils.require_same_pictures(path, made['made_by']['videos'], made['made_by'].get('quality'),
+                                    dmc.CONTEXT_QUALITY, retrain)
+        model = ContextTranslator(**made['model_args'])
+        model.load_state_dict(made['model'])
     if (model.code is None) != (recipe == 'liu2017'):
         raise UserError(f"{path} has {'no' if model.code is None else 'a'} pose code: set "
                         f"recipe={'liu2017' if model.code is None else 'pose_code'}, or {retrain} "
@@ -126,7 +128,6 @@ def load_translator(path: str | Path, task_name: str, recipe: str, device: torch
     if model.code and 'agreement' not in scores:
         raise UserError(f'{path} has a pose code that was not fitted to the end: go on with that '
                         f'run, {retrain} hydra.run.dir={Path(path).parent}.')
-    model.load_state_dict(made['model'])
     return model.only_answer(device, utils.PRECISIONS[precision]), scores
 
 
@@ -678,9 +679,12 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
 
     Raises: UserError where one of them is missing, or they do not go together.
     """
-    made = utils.load_snapshot(path, 'imitator', task_name,
-                               remedy=f'python train_ac.py task={task_name}')
-    args, made_by = made['agent_args'], made['made_by']
+    retrain = f'python train_ac.py task={task_name}'
+    made = utils.load_snapshot(path, 'imitator', task_name, remedy=retrain)
+    with utils.must_fit(path, retrain):
+        args, made_by = made['agent_args'], made['made_by']
+        agent = ACAgent(**args, device='cpu')
+        agent.load_state_dict(made['agent'])
     model, _ = load_translator(translator, task_name, made_by['recipe'], torch.device('cpu'),
                                args['precision'])
     if utils.sha256(translator) != made_by['translator_sha256']:
@@ -696,6 +700,4 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
                    args['lookahead'], args.get('num_actions', 0),
                    Reward(args['reward_scale'], args['time_power']), args['w_feature'],
                    made_by['w_img'])
-    agent = ACAgent(**args, device='cpu')
-    agent.load_state_dict(made['agent'])
     return env, agent

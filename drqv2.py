@@ -203,6 +203,8 @@ class DrQV2Agent:
 
     def load_state_dict(self, state: dict):
         """Load a full snapshot's state, or a slim one's, which suffices to act but not to train."""
+        if 'encoder' not in dict(state):
+            raise KeyError('encoder')
         for name in self._parts:
             if name in state:
                 getattr(self, name).load_state_dict(state[name])

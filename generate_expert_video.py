@@ -71,15 +71,16 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
 
     Raises: UserError for a file that is missing or damaged, of another task or other pictures.
     """
-    expert = utils.load_snapshot(path, 'expert', task_name,
-                                 remedy=f'python train.py task={task_name}')
-    made_by = expert['made_by']
-    if made_by['env_args']['obs'] == 'pixels':
-        utils.require_same_pictures(path, expert['versions'], made_by.get('quality'), dmc.QUALITY,
-                                  f'python train.py task={task_name}')
-    agent = DrQV2Agent(**expert['agent_args'], device='cpu')
-    agent.load_state_dict(expert['agent'])
-    return agent, made_by['env_args']
+    retrain = f'python train.py task={task_name}'
+    expert = utils.load_snapshot(path, 'expert', task_name, remedy=retrain)
+    with utils.must_fit(path, retrain):
+        made_by, env_args = expert['made_by'], expert['made_by']['env_args']
+        if env_args['obs'] == 'pixels':
+            utils.require_same_pictures(path, expert['versions'], made_by.get('quality'),
+                                        dmc.QUALITY, retrain)
+        agent = DrQV2Agent(**expert['agent_args'], device='cpu')
+        agent.load_state_dict(expert['agent'])
+    return agent, env_args
 
 
 def draw_episode(seed: int, split: str, i: int, num_contexts: int,

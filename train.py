@@ -75,9 +75,11 @@ class Workspace:
             'seed', 'nstep', 'discount', 'batch_size', 'action_repeat', 'num_train_frames',
             'num_seed_frames', 'replay_buffer_size', 'snapshot_every_frames')}
         self.snapshot_path = work_dir / 'snapshot.pt'
-        self.global_step = self.global_episode = 0
+        self.global_step, self.global_episode, resume = 0, 0, False
         if last:  # checked before the replay buffer's files are touched
-            utils.require_same_run(work_dir, last, {**agent_args, **self.made_by})
+            with utils.must_fit(self.snapshot_path, 'start a new run'):
+                utils.require_same_run(work_dir, last, {**agent_args, **self.made_by})
+                resume = last['global_step'] < cfg.num_train_frames // cfg.action_repeat
 
         device = utils.pick_device(cfg.device)
         utils.prepare_cpu()
@@ -96,11 +98,12 @@ class Workspace:
         self.replay_buffer = ReplayBuffer(
             work_dir / 'buffer', obs_spec, train_env.action_spec(), capacity, cfg.nstep,
             cfg.discount, cfg.frame_stack if len(obs_spec.shape) == 3 else 1, slack, cfg.seed,
-            device, resume=bool(last) and last['global_step'] < self.num_train_steps)
+            device, resume)
         self.elapsed, self.last_eval_step, self.stop = 0.0, None, utils.Stop()
         self.evaluations = []  # [frame, mean return, standard deviation]
         if last:
-            self.load_state(last)
+            with utils.must_fit(self.snapshot_path, 'start a new run'):
+                self.load_state(last)
         self.first_step = self.global_step
         self.timer = utils.Timer(self.elapsed)
         self.logger = Logger(work_dir, total=cfg.num_train_frames, resume_step=self.global_frame,
@@ -262,11 +265,14 @@ class Workspace:
             'rng': utils.get_rng_states()})
 
     def load_state(self, state: dict):
+        if missing := self.agent.state_dict().keys() - dict(state['agent']).keys():
+            raise KeyError(min(missing))
         self.agent.load_state_dict(state['agent'])
         self.global_step, self.global_episode = state['global_step'], state['global_episode']
         if self.global_step < self.num_train_steps:
             self.replay_buffer.load_state_dict(state['replay_buffer'])
-        self.elapsed, self.evaluations = state['elapsed'], state['evaluations']
+        self.elapsed = float(state['elapsed'])
+        self.evaluations = [[frame, mean, spread] for frame, mean, spread in state['evaluations']]
         utils.set_rng_states(state['rng'])
 
 

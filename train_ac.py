@@ -177,7 +177,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
 
     last = utils.load_last(work_dir, 'imitator', cfg.task_name)
     if last:
-        last['agent_args'].setdefault('num_actions', 0)  # made by an earlier version
+        with utils.must_fit(work_dir / 'snapshot.pt', 'start a new run'):
+            last['agent_args'].setdefault('num_actions', 0)  # made by an earlier version
     # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
     demos = Demonstrations(model, splits['train'], last and last['made_by'].get('scale'))
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)

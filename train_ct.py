@@ -501,15 +501,16 @@ def train(cfg, work_dir: Path, stop: utils.Stop | None = None):
     step, best, elapsed, scores = 0, float('inf'), 0.0, {}
     state = utils.load_last(work_dir, 'translator', cfg.task_name)
     if state:
-        utils.require_same_run(work_dir, state, {**model_args, **made_by})
-        model.load_state_dict(state['model'])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state['optimizers'][name])
-        for name, sampler in samplers.items():
-            sampler.rng.bit_generator.state = state['samplers'][name]
-        step, best, elapsed = state['step'], state['best'], state['elapsed']
-        scores = state['scores']
-        utils.set_rng_states(state['rng'])
+        with utils.must_fit(path, 'start a new run'):
+            utils.require_same_run(work_dir, state, {**model_args, **made_by})
+            model.load_state_dict(state['model'])
+            for name, optimizer in optimizers.items():
+                optimizer.load_state_dict(state['optimizers'][name])
+            for name, sampler in samplers.items():
+                sampler.rng.bit_generator.state = state['samplers'][name]
+            step, best, elapsed = state['step'], state['best'], state['elapsed']
+            scores = state['scores']
+            utils.set_rng_states(state['rng'])
     timer = utils.Timer(elapsed)
     logger = Logger(work_dir, num_steps, 'step', step, cfg.use_tb)
     windows = None

@@ -524,6 +524,8 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
         raise UserError(f"there is no {kind or 'snapshot'} at {path}: {remedy}.")
     try:
         with zipfile.ZipFile(found) as archive:  # torch.load does not compare the checksums
+            if any(part.compress_type for part in archive.infolist()):
+                raise zipfile.BadZipFile('compressed')  # PyTorch does not: it might never end
             if changed := archive.testzip():
                 raise zipfile.BadZipFile(changed)
         payload = torch.load(found, map_location='cpu', weights_only=True)
@@ -542,6 +544,20 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
     if task is not None and payload['task'] != task:
         raise UserError(f"{found} is for task {payload['task']}, not {task}: {remedy}.")
     return payload
+
+
+@contextlib.contextmanager
+def must_fit(path: str | Path, remedy: str = 'train it again'):
+    """Around what is made of a snapshot that could be read.
+
+    Raises: UserError where it lacks something, or sizes are not what they should be.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        what = str(error).strip().splitlines()[0][:100] if str(error).strip() else ''
+        raise UserError(f'{path} does not hold what it should ({type(error).__name__}: {what}): '
+                        f'{remedy}.') from error
 
 
 def load_last(work_dir: Path, kind: str, task: str) -> dict | None:

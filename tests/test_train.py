@@ -122,6 +122,22 @@ class InterruptedEnv(FakeEnv):
         return super().step(action)
 
 
+def test_a_snapshot_with_other_contents_is_refused_and_takes_nothing_away(tmp_path):
+    with pytest.raises(Killed):
+        make(tmp_path, False, DyingEnv(False, 157)).train()
+    path = tmp_path / 'snapshot.pt'
+    whole, payload = path.read_bytes(), torch.load(path, weights_only=True)
+    for key in ('agent_args', 'agent', 'made_by', 'replay_buffer', 'global_step', 'evaluations',
+                'elapsed', 'rng'):
+        for changes in ({}, {key: None}, {key: 'absurd'}):
+            others = {name: value for name, value in payload.items() if name != key}
+            torch.save(others | changes, path)
+            with pytest.raises(UserError, match='snapshot.pt|the run in'):
+                make(tmp_path, False)
+    path.write_bytes(whole)
+    make(tmp_path, False).train()
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_ends_after_the_step_with_a_snapshot(tmp_path, number):
     with pytest.raises(utils.Interrupted) as error, utils.raise_interrupts():

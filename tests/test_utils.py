@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,6 +98,13 @@ def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
         with pytest.raises(UserError, match='code'):
             utils.load_snapshot(path, 'expert')
     assert not (tmp_path / 'hacked').exists()
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr('archive/data/0', bytes(10 ** 7))
+    with pytest.raises(UserError, match='damaged'):
+        utils.load_snapshot(path, 'expert')
+    with (pytest.raises(UserError, match=r'does not hold .*KeyError.*agent_args.*: mend it'),
+          utils.must_fit(path, 'mend it')):
+        {}['agent_args']
 
 
 def test_what_differs_is_named_with_both_values():
