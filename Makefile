@@ -1,6 +1,7 @@
 # make test                                the tests
 # make demo TASK=reacher_hard BUDGET=full  expert -> videos -> translator -> imitator
 # make bench                               how fast it is, and how good the shipped experts are
+# make faults                              what happens when things go wrong
 # make lint                                ruff
 # PYTHON=/path/to/python3.12 names the interpreter that .venv is made with.
 
@@ -34,7 +35,7 @@ endif
 
 PY = .venv/bin/python
 
-.PHONY: .venv test lint bench demo
+.PHONY: .venv test lint bench faults demo
 .DELETE_ON_ERROR:
 
 test: .venv
@@ -46,6 +47,9 @@ lint: .venv
 bench: .venv
 	$(PY) benchmarks/bench.py
 	$(PY) benchmarks/evaluate_experts.py
+
+faults: .venv
+	$(PY) benchmarks/faults.py
 
 # ---------------------------------------------------------------------------------------- set-up
 

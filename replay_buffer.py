@@ -66,7 +66,7 @@ class ReplayBuffer:
                 if rows.shape != shape or rows.dtype != dtype:
                     raise ValueError
                 rows = np.lib.format.open_memmap(path, 'r+')
-            except (OSError, ValueError):  # not there, cut short, or of other settings
+            except Exception:  # not there, cut short, of other settings, or a damaged header
                 raise UserError(f'the replay buffer that belongs in {self._root} is gone, as after '
                                 'a finished run, or of other sizes: start a new run.') from None
             self._rows[name] = rows

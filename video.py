@@ -163,14 +163,13 @@ def write_json(path: Path, values: dict):
 
 
 def read_json(path: Path) -> dict:
-    """Return what `write_json` wrote; files of earlier versions have no checksum.
+    """Return what `write_json` wrote.
 
     Raises: UserError where the file is damaged.
     """
     try:
         values = json.loads(path.read_text())
-        checksum = values.pop('crc32', None)
-        if checksum not in (None, zlib.crc32(json.dumps(values).encode())):
+        if values.pop('crc32', None) != zlib.crc32(json.dumps(values).encode()):
             raise ValueError
         return values
     except (AttributeError, OSError, ValueError) as error:
@@ -239,8 +238,7 @@ class Clips:
         """
         frames = self._open(i)
         if i not in self._checked:
-            checksum = self._episodes[i].get('frames_crc32')  # earlier versions wrote none
-            if checksum not in (None, zlib.crc32(self._paths[i].read_bytes())):
+            if self._episodes[i].get('frames_crc32') != zlib.crc32(self._paths[i].read_bytes()):
                 raise _damaged(self._paths[i])
             self._checked.add(i)
         return frames

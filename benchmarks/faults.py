@@ -1,0 +1,323 @@
+"""What happens when things go wrong: python benchmarks/faults.py [--seed 0]
+
+Damages every kind of file, kills, interrupts and starves all four scripts, and prints a table: how
+many faults were tried, in how many the damage was refused in one sentence, in how many all went on
+as if nothing had happened (results bit-equal to an undisturbed run's), and how many went undetected
+or ended in a traceback. Those two must be 0. Takes about ten minutes on two cores.
+"""
+import argparse
+import contextlib
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import dm_env
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dmc  # noqa: E402  first: it chooses the OpenGL backend
+
+# isort: split
+import ac_agent  # noqa: E402
+import generate_expert_video  # noqa: E402
+import utils  # noqa: E402
+import video  # noqa: E402
+from replay_buffer import ReplayBuffer  # noqa: E402
+
+TASK = 'reacher_easy'
+COLUMNS = 'tried', 'refused', 'survived', 'undetected', 'traceback'
+CPU = torch.device('cpu')
+SMALL = ['device=cpu', 'use_tb=false', f'task={TASK}']
+RUN = [*SMALL, 'save_video=false', 'num_eval_episodes=1', 'batch_size=32', 'agent.hidden_dim=32',
+       'snapshot_every_frames=1000', 'eval_every_frames=2000']
+
+
+def commands(folder: Path) -> dict[str, list[str]]:
+    """The four scripts, each with inputs that the ones before it left in `folder`."""
+    videos, expert = folder / 'videos', folder / 'train/snapshot.pt'
+    return {
+        'train': ['train.py', *RUN, 'obs=states', 'num_train_frames=5000', 'num_seed_frames=1000'],
+        'generate_expert_video': [
+            'generate_expert_video.py', f'task={TASK}', f'snapshot={expert}', 'num_train=8',
+            'num_valid=4', 'num_play=8', 'num_play_valid=4', 'num_contexts=2', 'episode_len=20',
+            'im_size=32', 'num_workers=2'],
+        'train_ct': ['train_ct.py', *SMALL, f'data_dir={videos}', 'num_train_steps=60',
+                     'code.num_steps=60', 'snapshot_every=20', 'eval_every=30', 'batch_size=2',
+                     'model.channels=[8,8,8,8]', 'model.hidden=32', 'model.z_dim=16',
+                     'model.code_dim=4', 'code.batch_size=8'],
+        'train_ac': ['train_ac.py', *RUN, f'data_dir={videos}', 'num_train_frames=4000',
+                     f'snapshot={folder}/train_ct/best.pt', 'num_pretrain_updates=20',
+                     'num_eval_demos=4']}
+
+
+def start(command: list[str], out: Path) -> subprocess.Popen:
+    option = 'out_dir' if command[0].startswith('generate') else 'hydra.run.dir'
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / command[0]), *command[1:], f'{option}={out}'], text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    return output
+
+
+def result(out: Path) -> bytes:
+    """All that must be equal over a fault: weights, or frames and what is known of them."""
+    if (out / 'meta.json').exists() or (out / 'train/meta.json').exists():
+        return b''.join(path.read_bytes() for path in sorted(out.rglob('episode_*')))
+    name = 'best.pt' if (out / 'best.pt').exists() else 'snapshot.pt'
+    made = utils.load_snapshot(out / name, None)
+    return pickle.dumps({key: plain(made.get(key)) for key in ('agent', 'model', 'scores')})
+
+
+def plain(value):
+    """Tensors become bytes, so that equal weights have equal pickles."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in sorted(value.items(), key=str)}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+# ------------------------------------------------------------------------------------ damaged files
+
+def try_to_read(read: Callable, whole) -> str:
+    try:
+        return 'survived' if read() == whole else 'undetected'
+    except utils.UserError:
+        return 'refused'
+    except Exception as error:
+        print(f'traceback: {type(error).__name__}: {error}', file=sys.stderr)
+        return 'traceback'
+
+
+def damage(path: Path, read: Callable, rng: random.Random, num_flips: int, num_cuts: int = 5
+           ) -> Counter:
+    """Flip single bits of a file, and cut it short, each time reading what it belongs to."""
+    before, whole, counts = path.read_bytes(), read(), Counter()
+    for fault in range(num_flips + num_cuts):
+        changed = bytearray(before)
+        at = rng.randrange(len(before))
+        if fault < num_flips:
+            changed[at] ^= 1 << rng.randrange(8)
+        else:
+            del changed[at:]
+        path.write_bytes(changed)
+        counts[try_to_read(read, whole)] += 1
+    path.write_bytes(before)
+    return counts
+
+
+def read_expert(path: Path):
+    agent, env_args = generate_expert_video.load_expert(path, TASK)
+    return plain(agent.actor.state_dict()), env_args
+
+
+def read_translator(path: Path):
+    model, scores = ac_agent.load_translator(path, TASK, 'pose_code', CPU, 'fp32')
+    return plain(model.state_dict()), scores
+
+
+def read_videos(root: Path):
+    clips = video.Clips(root, TASK)
+    return [(clips.frames(i).tobytes(), clips.episode(i)) for i in range(len(clips))], clips.meta
+
+
+def ring(folder: Path) -> tuple[Callable, list[Path]]:
+    """-> what reads a ring of three episodes back as a resumed run does, and its files."""
+    env, action = dmc.make(TASK, obs='states'), np.zeros(2, np.float32)
+
+    def make(resume: bool) -> ReplayBuffer:
+        return ReplayBuffer(folder, env.observation_spec(), env.action_spec(), 100, 3, 0.99,
+                            slack=20, resume=resume)
+    buffer = make(resume=False)
+    for _ in range(3):
+        buffer.add(env.reset())
+        for t in range(20):
+            kind = dm_env.StepType.LAST if t == 19 else dm_env.StepType.MID
+            buffer.add(env.step(action)._replace(step_type=kind), action)
+    state = buffer.state_dict()
+
+    def read():
+        again = make(resume=True)
+        again.load_state_dict(state)
+        return [part.numpy().tobytes() for part in again.sample(200)]
+    return read, sorted(folder.glob('*.npy'))
+
+
+def malicious(path: Path, read: Callable) -> Counter:
+    """Files that are well formed and hold something else: code, a bomb, other contents."""
+    class Code:
+        def __reduce__(self):
+            return os.system, ('touch /tmp/it-ran',)
+    whole, before, counts = read(), path.read_bytes(), Counter()
+    made = torch.load(path, weights_only=True)
+    args = 'agent_args' if 'agent_args' in made else 'model_args'
+    sizes = {key: 10 ** 12 for key in made[args] if key in ('hidden_dim', 'hidden', 'z_dim')}
+    for content in (Code(), {**made, 'agent': Code()}, {}, [], {**made, 'made_by': None},
+                    {**made, args: None}, {**made, args: made[args] | sizes},
+                    *({other: made[other] for other in made if other != key} for key in
+                      ('made_by', args, 'agent' if args == 'agent_args' else 'model', 'versions'))):
+        torch.save(content, path)
+        counts[try_to_read(read, whole)] += 1
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr('archive/data/0', bytes(10 ** 9))
+    counts[try_to_read(read, whole)] += 1
+    path.write_bytes(before)
+    counts['traceback'] += Path('/tmp/it-ran').exists()
+    return counts
+
+
+def renames(path: Path, read: Callable) -> Counter:
+    """Kills before, between and after the renames of a snapshot: one of two must be there."""
+    whole, replace, counts = read(), os.replace, Counter()
+    made = torch.load(path, weights_only=True)
+    kept = path.read_bytes()
+    for at in range(3):
+        calls = []
+
+        def dying(*args, calls=calls, at=at):
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            calls.append(replace(*args))
+        os.replace = dying
+        with contextlib.suppress(KeyboardInterrupt):
+            utils.save_snapshot(path, made['kind'], made['task'], {
+                key: value for key, value in made.items() if key not in (
+                    'format', 'kind', 'task', 'versions', 'command', 'machine')})
+        os.replace = replace
+        counts[try_to_read(read, whole)] += 1
+    utils.previous(path).unlink(missing_ok=True)
+    path.write_bytes(kept)
+    return counts
+
+
+# ------------------------------------------------------------------------------ disturbed processes
+
+def judge(process: subprocess.Popen, output: str, code: int) -> str:
+    if 'Traceback' in output or process.returncode != code:
+        print(f'exit code {process.returncode}, not {code}:\n{output[-2000:]}', file=sys.stderr)
+        return 'traceback'
+    return 'refused'
+
+
+def disturbed(command: list[str], whole: bytes, seconds: float, folder: Path, rng: random.Random,
+              number: int) -> Counter:
+    """End a run by a signal at three random moments; the fourth start runs through."""
+    counts = Counter()
+    for _ in range(3):
+        process = start(command, folder)
+        time.sleep(rng.uniform(0.2, 0.9) * seconds)
+        process.send_signal(number)
+        output = finish(process)
+        ended = process.returncode == 0  # before the signal came
+        code = 0 if ended else -number if number == signal.SIGKILL else 128 + number
+        if (seen := judge(process, output, code)) == 'traceback':
+            counts[seen] += 1
+    process = start(command, folder)
+    output = finish(process)
+    if judge(process, output, 0) == 'traceback':
+        counts['traceback'] += 1
+    # After SIGTERM an RL run plays the broken-off episode anew: another run, but a whole one.
+    elif number == signal.SIGKILL or command[0] in ('train_ct.py', 'generate_expert_video.py'):
+        counts['survived' if result(folder) == whole else 'undetected'] += 3
+    else:
+        counts['survived' if len(result(folder)) == len(whole) else 'undetected'] += 3
+    return counts
+
+
+def full_disk(command: list[str], folder: Path, size: str) -> str | None:
+    """Run on a small file system; None where this user may not mount one."""
+    folder.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(folder)],
+                      capture_output=True, check=False).returncode:
+        return None
+    try:
+        process = start(command, folder / 'run')
+        output = finish(process)
+        return judge(process, output, 2)
+    finally:
+        subprocess.run(['umount', str(folder)], check=True)
+
+
+def campaign(folder: Path, rng: random.Random):
+    """Yields the table's rows: what was tried, and how it ended."""
+    scripts, wholes, seconds = commands(folder), {}, {}
+    for name, command in scripts.items():
+        began = time.monotonic()
+        out = folder / ('videos' if name.startswith('generate') else name)
+        process = start(command, out)
+        if judge(process, finish(process), 0) == 'traceback':
+            sys.exit(f'{command[0]} failed without a fault')
+        wholes[name], seconds[name] = result(out), time.monotonic() - began
+
+    expert, translator = folder / 'train/snapshot.pt', folder / 'train_ct/best.pt'
+    readers = {'expert': (expert, lambda: read_expert(expert)),
+               'translator': (translator, lambda: read_translator(translator))}
+    for kind, (path, read) in readers.items():
+        yield f'{kind}: flipped bits, cuts', damage(path, read, rng, 200, 20)
+        yield f'{kind}: code, bombs, other contents', malicious(path, read)
+        yield f'{kind}: killed around each rename', renames(path, read)
+    root = folder / 'videos/play'
+    for kind, name, num in (('frames', 'episode_00001.npy', 100),
+                            ('an episode', 'episode_00001.json', 300), ('meta', 'meta.json', 300)):
+        yield f'videos, {kind}: flipped bits, cuts', damage(
+            root / name, lambda: read_videos(root), rng, num)
+    read, files = ring(folder / 'ring')
+    yield 'replay buffer: flipped bits, cuts', sum(
+        (damage(path, read, rng, 60) for path in files), Counter())
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        for name, command in scripts.items():
+            out = folder / f'{name}_{number.name}'
+            yield f'{command[0]}: {number.name} three times, then again', disturbed(
+                command, wholes[name], seconds[name], out, rng, number)
+    for name, command in scripts.items():
+        out = folder / 'held'
+        with utils.only_one_at_work(out):
+            process = start(command, out)
+            yield f'{command[0]}: another process in its folder', Counter(
+                [judge(process, finish(process), 2)])
+        shutil.rmtree(out, ignore_errors=True)
+        counts = Counter(filter(None, (full_disk(command, folder / f'full_{name}_{size}', size)
+                                       for size in ('100k', '300k'))))
+        yield f'{command[0]}: full disk{"" if counts else " (not tried: may not mount)"}', counts
+    for name in ('train', 'train_ct', 'train_ac'):
+        rate = 'code.lr=1e30' if name == 'train_ct' else 'lr=1e30'
+        process = start([*scripts[name], rate, 'precision=fp32'], folder / f'nan_{name}')
+        yield f'{scripts[name][0]}: weights become nan', Counter(
+            [judge(process, finish(process), 2)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--seed', type=int, default=0)
+    rng = random.Random(parser.parse_args().seed)
+    total = Counter()
+    print(f"| fault | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        for what, counts in campaign(Path(folder), rng):
+            counts['tried'] = sum(counts.values())
+            total += counts
+            print(f"| {what} | {' | '.join(str(counts[name]) for name in COLUMNS)} |", flush=True)
+    print(f"| **all** | {' | '.join(f'**{total[name]}**' for name in COLUMNS)} |")
+    sys.exit(bool(total['undetected'] + total['traceback']))
+
+
+if __name__ == '__main__':
+    with utils.exit_on_user_error():
+        main()
