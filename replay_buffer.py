@@ -66,9 +66,13 @@ class ReplayBuffer:
                 if rows.shape != shape or rows.dtype != dtype:
                     raise ValueError
                 rows = np.lib.format.open_memmap(path, 'r+')
-            except Exception:  # not there, cut short, of other settings, or a damaged header
+            except PermissionError as error:
+                raise UserError(f'{path} may not be written by this user: change its '
+                                'permissions.') from error
+            except Exception as error:
                 raise UserError(f'the replay buffer that belongs in {self._root} is gone, as after '
-                                'a finished run, or of other sizes: start a new run.') from None
+                                'a finished run, damaged, or of other sizes: start a new run.'
+                                ) from error
             self._rows[name] = rows
         self._end = 0     # rows of whole episodes ever written
         self._cursor = 0  # rows ever written
@@ -96,15 +100,19 @@ class ReplayBuffer:
             self._end = self._cursor
 
     def _checksum(self, rows: np.ndarray) -> int:
-        """Of all that stands in these rows, but for the checksums."""
+        """Return the CRC-32 of these rows, without the checksum column."""
         value = 0
         for name, column in self._rows.items():
             if name != 'checksum':
                 value = zlib.crc32(column[rows], value)
         return value
 
-    def _is_whole(self, rows: np.ndarray) -> bool:
-        return bool((self._rows['checksum'][rows] == self._checksum(rows)).all())
+    def _is_whole(self, first: int, end: int) -> bool:
+        """Whether rows [first, end) are one episode, as it was written."""
+        rows = np.arange(first, end) % self._size
+        return bool((self._rows['first'][rows] == first).all()
+                    and (self._rows['last'][rows] == end - 1).all()
+                    and (self._rows['checksum'][rows] == self._checksum(rows)).all())
 
     def sample(self, batch_size: int, ahead: tuple[int, ...] = ()) -> tuple[torch.Tensor, ...]:
         """-> obs (B, *obs), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, *obs), and
@@ -163,9 +171,7 @@ class ReplayBuffer:
         oldest, end = self._end - len(self), self._end
         while end > oldest:
             first = int(self._rows['first'][(end - 1) % self._size])
-            if first < oldest and oldest > 0:  # its first rows may be overwritten by now
-                break
-            if not 0 <= first < end or not self._is_whole(np.arange(first, end) % self._size):
+            if not 0 <= first < end <= first + self._size or not self._is_whole(first, end):
                 raise UserError(f'the replay buffer in {self._root} is damaged (the episode that '
                                 f'ends in row {(end - 1) % self._size}): bring its files back, or '
                                 'start a new run.')

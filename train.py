@@ -76,10 +76,11 @@ class Workspace:
             'num_seed_frames', 'replay_buffer_size', 'snapshot_every_frames')}
         self.snapshot_path = work_dir / 'snapshot.pt'
         self.global_step, self.global_episode, resume = 0, 0, False
+        self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
         if last:  # checked before the replay buffer's files are touched
             with utils.must_fit(self.snapshot_path, 'start a new run'):
                 utils.require_same_run(work_dir, last, {**agent_args, **self.made_by})
-                resume = last['global_step'] < cfg.num_train_frames // cfg.action_repeat
+                resume = last['global_step'] < self.num_train_steps
 
         device = utils.pick_device(cfg.device)
         utils.prepare_cpu()
@@ -88,12 +89,13 @@ class Workspace:
         self.overlap = overlap
         if overlap:
             torch.set_num_threads(1)
-        self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
         # Rows enough to go back to the last snapshot but one. An episode has one row more than
         # steps: at worst, if it has one step, twice as many.
         between = min(cfg.snapshot_every_frames, cfg.num_train_frames) // cfg.action_repeat
-        slack = 4 * (between + LONGEST_EPISODE)
+        slack = 4 * between + 5 * LONGEST_EPISODE
         capacity = min(cfg.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
+        if last and not resume:
+            capacity = slack = 1  # a finished run has no use for it
         obs_spec = train_env.observation_spec()
         self.replay_buffer = ReplayBuffer(
             work_dir / 'buffer', obs_spec, train_env.action_spec(), capacity, cfg.nstep,
@@ -135,7 +137,7 @@ class Workspace:
         cfg = self.cfg
         train_until_step = utils.Until(num_frames, cfg.action_repeat)
         seed_until_step = utils.Until(cfg.num_seed_frames, cfg.action_repeat)
-        # one that was interrupted in an evaluation makes up for it
+        # a run that was interrupted in an evaluation evaluates after its next episode
         evaluated = self.evaluations[-1][0] // cfg.action_repeat if self.evaluations else 0
         every = [utils.Every(frames, cfg.action_repeat, since) for frames, since in
                  ((cfg.log_every_frames, self.global_step), (cfg.eval_every_frames, evaluated),
@@ -146,7 +148,7 @@ class Workspace:
         # Whatever ends the loop, no update outlives it.
         with ThreadPoolExecutor(1) if self.overlap else Inline() as executor:
             while train_until_step(self.global_step):
-                self.stop.raise_if_asked()  # the broken-off episode will be played anew
+                self.stop.raise_if_asked()  # the broken-off episode is dropped
 
                 # sample an action
                 action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
@@ -249,9 +251,10 @@ class Workspace:
 
     def finish(self):
         """Evaluate and save a last time, then delete the replay buffer."""
+        evaluated = bool(self.evaluations) and self.evaluations[-1][0] == self.global_frame
         if self.last_eval_step != self.global_step:
             self.eval()
-        if self.global_step > self.first_step:
+        if self.global_step > self.first_step or not evaluated:
             self.save_snapshot()
         self.replay_buffer.remove()
         self.logger.close()

@@ -495,7 +495,8 @@ def train(cfg, work_dir: Path, stop: utils.Stop | None = None):
                'videos': clips.meta['versions'], 'quality': clips.meta['quality'],
                **{key: cfg[key] for key in (
                    'seed', 'recipe', 'pairs', 'num_train_steps', 'batch_size', 'frames_per_clip',
-                   'play_share', 'augment_mirror', 'augment_colours', 'precision')}}
+                   'play_share', 'augment_mirror', 'augment_colours', 'precision', 'lr',
+                   'max_grad_norm')}}
     made = {'model_args': model_args, 'made_by': made_by}
     path, best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'
     step, best, elapsed, scores = 0, float('inf'), 0.0, {}
@@ -577,7 +578,7 @@ def train(cfg, work_dir: Path, stop: utils.Stop | None = None):
                              for name, sampler in samplers.items()},
                 'step': step, 'best': best, 'scores': scores, 'elapsed': timer.total(),
                 'rng': utils.get_rng_states()})
-        stop.raise_if_asked()
+            stop.raise_if_asked()
     logger.close()
 
 

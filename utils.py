@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import hydra
@@ -39,8 +39,8 @@ class Damaged(UserError):
 def main(config_name: str, task_names: Sequence[str]):
     """`hydra.main` for the scripts: any of these tasks by name, and errors in one sentence.
 
-    A `UserError` is printed without a traceback and ends the script with exit code 2; Ctrl-C and
-    SIGTERM end it with 130 and 143 and the command that goes on.
+    A `UserError` is printed without a traceback and ends the script with exit code 2. Ctrl-C and
+    SIGTERM end it with exit codes 130 and 143, and the command to resume is printed.
     """
     def decorate(script):
         @functools.wraps(script)
@@ -67,12 +67,15 @@ def exit_on_user_error():
     except OSError as error:
         if error.errno not in FULL:
             raise
-        print(f'error: {_room(error.filename)}', file=sys.stderr)
+        print(f'error: {_disk_full(error.filename)}', file=sys.stderr)
         sys.exit(2)
     except Interrupted as error:
-        folder = work_dir()
-        where = '' if folder == Path.cwd() else f' hydra.run.dir={shlex.quote(str(folder))}'
-        print(f'\ninterrupted; this goes on: python {command()}{where}', file=sys.stderr)
+        run = HydraConfig.get().run.dir
+        where = '' if run == '.' else f' hydra.run.dir={shlex.quote(str(work_dir()))}'
+        with contextlib.suppress(OSError):  # nobody may be reading
+            print(f'\nto resume: python {command()}{where}', file=sys.stderr, flush=True)
+        if error.launcher:
+            error.launcher(error.signal, None)
         sys.exit(128 + error.signal)
 
 
@@ -153,68 +156,85 @@ def _short(value) -> str:
 
 # ------------------------------------------------------------------------------------------ process
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, whose number is `signal`."""
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # Ctrl-C, kill, sbatch --signal=USR1
 
-    def __init__(self, number: int):
+
+class Interrupted(KeyboardInterrupt):
+    """A request to stop: its signal's number, and how a cluster's launcher answers it, if it
+    does."""
+
+    def __init__(self, number: int, launcher: Callable | None = None):
         super().__init__()
-        self.signal = number
+        self.signal, self.launcher = number, launcher
 
 
 def _raise_interrupt(number: int, frame):
-    _set_handlers(signal.SIG_DFL)  # a second one ends the process at once
+    _end_at_once([n for n in STOP_SIGNALS if signal.getsignal(n) is _raise_interrupt])
     raise Interrupted(number)
 
 
-def _set_handlers(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+def _end_at_once(numbers: Iterable[int]):
+    """Let the next of these signals end the process, unless it comes within a second: one request
+    can arrive twice (`timeout` signals its child and its group)."""
+    first = time.monotonic()
+
+    def again(number: int, frame):
+        if time.monotonic() - first > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+    for number in numbers:
+        signal.signal(number, again)
 
 
 @contextlib.contextmanager
 def raise_interrupts():
-    """Within the block Ctrl-C and SIGTERM raise `Interrupted`, so that nothing half done is left.
-
-    Where something else already answers SIGTERM (a cluster's launcher), it goes on doing so.
-    """
-    if (threading.current_thread() is not threading.main_thread()
-            or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL):
-        yield
-        return
-    on_ctrl_c = signal.getsignal(signal.SIGINT)
-    _set_handlers(_raise_interrupt)
+    """Within the block the STOP_SIGNALS raise `Interrupted`, so that nothing half done is left; not
+    those that are ignored, or that a cluster's launcher already answers."""
+    before, in_main = {}, threading.current_thread() is threading.main_thread()
+    for number in STOP_SIGNALS if in_main else ():
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            before[number] = signal.signal(number, _raise_interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, on_ctrl_c)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Stop:
-    """As a context manager it holds back `Interrupted`, until `raise_if_asked` is called: a run
-    then ends between two steps. A second Ctrl-C or SIGTERM ends the process at once."""
+    """Context manager that holds back `Interrupted` until `raise_if_asked`: a run ends between two
+    steps. It also holds back a launcher's answer to SIGUSR1 and SIGUSR2 (submitit's requeues)."""
 
     def __init__(self):
         self.asked = None  # the number of the signal
 
     def __enter__(self):
-        self._holds = signal.getsignal(signal.SIGTERM) is _raise_interrupt
-        if self._holds:
-            _set_handlers(self._note)
+        in_main = threading.current_thread() is threading.main_thread()
+        handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGUSR2)
+                    if in_main}
+        self._held = {number: handler for number, handler in handlers.items()
+                      if handler is _raise_interrupt
+                      or number in (signal.SIGUSR1, signal.SIGUSR2) and callable(handler)}
+        for number in self._held:
+            signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_):
-        if self._holds and not self.asked:
-            _set_handlers(_raise_interrupt)
+        if not self.asked:
+            for number, handler in self._held.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame):
-        _set_handlers(signal.SIG_DFL)
         self.asked = number
-        print('\nstopping after this step; once more ends it at once', file=sys.stderr)
+        _end_at_once(self._held)
+        with contextlib.suppress(OSError, RuntimeError):  # nobody may be reading
+            print('\nstopping after this step; a second Ctrl-C or SIGTERM ends it at once',
+                  file=sys.stderr)
 
     def raise_if_asked(self):
         if self.asked:
-            raise Interrupted(self.asked)
+            handler = self._held[self.asked]
+            raise Interrupted(self.asked, None if handler is _raise_interrupt else handler)
 
 
 def machine() -> str:
@@ -352,6 +372,10 @@ class Timer:
 
 # -------------------------------------------------------------------------------------------- files
 
+UNITS = {'GiB': 2 ** 30, 'MiB': 2 ** 20, 'KiB': 2 ** 10}
+FULL = errno.ENOSPC, errno.EDQUOT
+
+
 def check_disk(folder: str | Path, num_bytes: int, what: str, remedy: str):
     """Raises: UserError when the disk on which `folder` is, or will be, lacks the bytes."""
     parent = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
@@ -362,8 +386,8 @@ def check_disk(folder: str | Path, num_bytes: int, what: str, remedy: str):
 
 
 def reserve(path: Path):
-    """Give the blocks of a sparse file to it: a disk that fills up later would end the process that
-    writes to its memory map (SIGBUS). Some file systems cannot.
+    """Allocate a sparse file's blocks: a disk that fills up later would end the process that writes
+    to its memory map (SIGBUS).
 
     Raises: OSError where the disk is full.
     """
@@ -380,13 +404,10 @@ def _size(num_bytes: int) -> str:
     return f'{num_bytes / UNITS[unit]:.1f} {unit}'
 
 
-UNITS = {'GiB': 2 ** 30, 'MiB': 2 ** 20, 'KiB': 2 ** 10}
-FULL = errno.ENOSPC, errno.EDQUOT
-
-
-def _room(path: str | Path | None) -> str:
-    return (f"the disk{f' of {path}' if path else ''} is full: make room, and the same command in "
-            'the same folder (hydra.run.dir, out_dir) goes on from what is whole.')
+def _disk_full(path: str | Path | None) -> str:
+    return (f"the disk{f' of {path}' if path else ''} is full: make room and start the same "
+            'command in the same folder (hydra.run.dir, out_dir); it resumes from the last '
+            'complete snapshot or episode.')
 
 
 @contextlib.contextmanager
@@ -411,9 +432,12 @@ def atomic_write(path: str | Path):
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:  # PyTorch and ffmpeg do not tell the cause
-        cause = getattr(error.__context__ or error, 'errno', None)
-        if cause in FULL or shutil.disk_usage(path.parent).free < UNITS['MiB']:
-            raise UserError(_room(path)) from error
+        causes, at = [], error
+        while at:
+            causes.append(getattr(at, 'errno', None))
+            at = at.__cause__ or at.__context__
+        if set(causes) & set(FULL) or shutil.disk_usage(path.parent).free < UNITS['MiB']:
+            raise UserError(_disk_full(path)) from error
         raise
     finally:
         tmp.unlink(missing_ok=True)
@@ -525,7 +549,7 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
     try:
         with zipfile.ZipFile(found) as archive:  # torch.load does not compare the checksums
             if any(part.compress_type for part in archive.infolist()):
-                raise zipfile.BadZipFile('compressed')  # PyTorch does not: it might never end
+                raise zipfile.BadZipFile('compressed')  # torch.save never does; a bomb has no end
             if changed := archive.testzip():
                 raise zipfile.BadZipFile(changed)
         payload = torch.load(found, map_location='cpu', weights_only=True)
@@ -533,7 +557,7 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
         raise
     except PermissionError as error:
         raise UserError(f'{found} may not be read by this user: change its permissions.') from error
-    except Exception as error:  # what a damaged file raises is as varied as the damage
+    except Exception as error:  # a damaged file can raise anything
         raise Damaged(f'{found} is damaged, or holds code instead of tensors and plain values '
                         f'({type(error).__name__}): remove it and {remedy}.') from error
     if (not isinstance(payload, dict) or payload.get('format') != FORMAT
@@ -548,12 +572,14 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
 
 @contextlib.contextmanager
 def must_fit(path: str | Path, remedy: str = 'train it again'):
-    """Around what is made of a snapshot that could be read.
+    """Context manager around the use of a snapshot's contents.
 
-    Raises: UserError where it lacks something, or sizes are not what they should be.
+    Raises: UserError where something is missing, or sizes are not what they should be.
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         what = str(error).strip().splitlines()[0][:100] if str(error).strip() else ''
         raise UserError(f'{path} does not hold what it should ({type(error).__name__}: {what}): '

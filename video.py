@@ -261,5 +261,5 @@ class Clips:
 
 def _damaged(path: Path) -> utils.Damaged:
     lost = path.parent if path.name == 'meta.json' else path.with_suffix('.*')
-    return utils.Damaged(f'{path} is damaged: delete {lost} and run python '
-                         'generate_expert_video.py again.')
+    return utils.Damaged(f'{path} is damaged, or of an earlier version: delete {lost} and run '
+                         'python generate_expert_video.py again.')

@@ -431,7 +431,7 @@ def test_interrupted(snapshot, tmp_path, sig):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['videos']
     if sig == signal.SIGINT:
         assert process.returncode == 130
-        assert 'this goes on: python generate_expert_video.py task=' in error
+        assert 'to resume: python generate_expert_video.py task=' in error
         assert 'Traceback' not in error and not list(tmp_path.rglob('.tmp-*'))
     assert json.loads((root / 'meta.json').read_text())['num_episodes'] == 400
     assert len(workers) >= 2 and os.getpid() not in workers

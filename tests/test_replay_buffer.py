@@ -164,6 +164,27 @@ def test_a_changed_byte_is_found(tmp_path, name, byte, bit):
         place ^= 1 << bit
 
 
+@pytest.mark.parametrize('name, bit', [('first', 62), ('first', 20), ('first', 3), ('last', 20),
+                                       ('obs', 5)])
+def test_a_changed_bit_is_found_once_the_ring_has_gone_round(tmp_path, name, bit):
+    buffer, env = make(tmp_path, capacity=60, slack=33), FakeEnv()
+    play(buffer, env, 20)
+    state = buffer.state_dict()
+
+    def resume():
+        make(tmp_path, capacity=60, slack=33, resume=True).load_state_dict(state)
+    resume()
+    rows = np.lib.format.open_memmap(tmp_path / f'{name}.npy', 'r+')
+    for time in (219, 215, 170, 162):  # the last in the oldest episode, whose start is not sampled
+        place = rows[time % len(rows):][:1].view(np.uint8).reshape(-1)[bit // 8:][:1]
+        place ^= 1 << bit % 8
+        with pytest.raises(UserError, match='damaged'):
+            resume()
+        place ^= 1 << bit % 8
+    with pytest.raises(UserError, match='damaged'):
+        make(tmp_path, capacity=60, slack=33, resume=True).load_state_dict(state | {'end': 10 ** 9})
+
+
 @pytest.mark.parametrize('change', ['size', 'gone', 'cut short'])
 def test_other_files_are_refused_and_stay_as_they_are(tmp_path, change):
     play(make(tmp_path), FakeEnv(), 1)

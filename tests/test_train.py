@@ -277,7 +277,7 @@ def test_a_script_says_how_an_interrupted_run_goes_on(tmp_path):
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=30)
     assert run.returncode == 143 and 'Traceback' not in error
-    assert f"python {' '.join(command)} hydra.run.dir={tmp_path}/run" in error
+    assert f"to resume: python {' '.join(command)} hydra.run.dir={tmp_path}/run" in error
     assert utils.load_snapshot(tmp_path / 'run/snapshot.pt', 'expert')['global_step'] > 0
 
 

@@ -200,28 +200,53 @@ def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
 
 
 def test_signals_are_raised_and_held_back():
-    with utils.raise_interrupts():
-        with pytest.raises(utils.Interrupted) as error:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert error.value.signal == signal.SIGTERM
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends at once
+    with utils.raise_interrupts(), pytest.raises(utils.Interrupted) as error:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert error.value.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     with utils.raise_interrupts(), pytest.raises(utils.Interrupted), utils.Stop() as stop:
         stop.raise_if_asked()
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # at once: belongs to the first
         assert stop.asked == signal.SIGINT  # and still here
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         stop.raise_if_asked()
         raise AssertionError
     with utils.Stop() as stop:  # nobody asked for signals to be answered
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_launchers_own_answer_to_sigterm_stays(monkeypatch):
-    monkeypatch.setattr(signal, 'signal', pytest.fail)
-    monkeypatch.setattr(signal, 'getsignal', lambda number: print)
-    with utils.raise_interrupts(), utils.Stop():
-        pass
+def test_a_second_signal_ends_the_process(tmp_path):
+    code = ("import os, signal, time, utils\n"
+            "with utils.raise_interrupts(), utils.Stop() as stop:\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    time.sleep(1.1)\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    time.sleep(9)\n")
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, check=False)
+    assert run.returncode == -signal.SIGTERM
+
+
+def test_what_is_ignored_or_answered_by_a_launcher_stays_so(monkeypatch):
+    """But its requeueing waits for the snapshot."""
+    calls, before = [], {number: signal.getsignal(number) for number in (
+        signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    monkeypatch.setattr(utils.HydraConfig, 'get', lambda: SimpleNamespace(
+        run=SimpleNamespace(dir='.')))
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: calls.append('bypassed'))
+        signal.signal(signal.SIGUSR2, lambda *_: calls.append('requeued'))
+        with (pytest.raises(SystemExit), utils.exit_on_user_error(), utils.raise_interrupts(),
+              utils.Stop() as stop):
+            for number in before:
+                os.kill(os.getpid(), number)
+            calls.append('saved')
+            stop.raise_if_asked()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert calls == ['bypassed', 'saved', 'requeued']
 
 
 def test_device():

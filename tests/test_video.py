@@ -203,7 +203,7 @@ def as_pickle(path):
 def test_a_damaged_file_is_named(tmp_path, name, damage):
     make_dataset(tmp_path)
     damage(tmp_path / name)
-    with pytest.raises(utils.UserError, match=f'{name} is damaged: delete .*run python generate'):
+    with pytest.raises(utils.UserError, match=f'{name} is damaged.*: delete .*run python generate'):
         video.Clips(tmp_path)
 
 
@@ -220,10 +220,17 @@ def test_a_changed_byte_is_found_wherever_it_is(tmp_path, name):
     video.Clips(root).frames(1)
 
 
-def test_what_an_earlier_version_wrote_without_checksums_is_read(tmp_path):
+@pytest.mark.parametrize('name, key', [('meta.json', 'crc32'), ('episode_00001.json', 'crc32'),
+                                       ('episode_00001.json', 'frames_crc32')])
+def test_what_has_no_checksum_is_refused(tmp_path, name, key):
+    """A flipped bit can turn the checksum's own name into another."""
     root = make_dataset(tmp_path)
-    for path in root.glob('*.json'):
-        values = video.read_json(path)
-        values.pop('frames_crc32', None)
-        path.write_text(json.dumps(values))
-    assert video.Clips(root).frames(2).max() == 2
+    values = json.loads((root / name).read_text())
+    del values[key]
+    if key == 'frames_crc32':
+        del values['crc32']
+        video.write_json(root / name, values)
+    else:
+        (root / name).write_text(json.dumps(values))
+    with pytest.raises(utils.UserError, match='of an earlier version'):
+        video.Clips(root).frames(1)
