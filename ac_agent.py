@@ -62,6 +62,12 @@ class Layout(NamedTuple):
         return tuple(part.unflatten(-1, shape) for part, shape in
                      zip(parts, self.shapes, strict=True))
 
+    def history(self, episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor
+                ) -> torch.Tensor:
+        """Features of `episodes` (N, T+1, D), number i (B,), at steps (B,) and before them
+        -> (B, num_frames, D), newest first."""
+        return moments(episodes, i, steps, range(0, -self.num_frames, -1))
+
     def targets(self, demos: torch.Tensor, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Demonstrations (N, T+1, D), number i (B,), seen from steps (B,) -> (B, L, D)."""
         return moments(demos, i, steps, self.lookahead)
@@ -83,18 +89,25 @@ def moments(episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, offset
 
 
 class Reward(NamedTuple):
-    """How a distance to the target is rewarded; used by the environment and by relabelling.
+    """How tracking is rewarded, in the environment and where transitions are relabelled.
 
     With `scale` s it is (t/T)^time_power * exp(-d / s), in [0, 1]: beyond a few s it is about 0
     (Peng et al. 2018, section 5). Without one it is -(t/T)^time_power * d (Liu et al. 2017, section
-    V, where time_power is 2).
+    V, where time_power is 2). An agent without targets has another one, a discriminator's: see
+    `ACAgent`.
     """
 
     scale: float | None = 0.1
     time_power: float = 0.0
+    w_feature: float = 1.0
+
+    def distance(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(..., D), twice -> (...,), w_feature times a mean over elements: in units of their
+        variance."""
+        return self.w_feature * (features - targets).square().mean(-1)
 
     def __call__(self, distance: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """distance >= 0, a mean over elements in units of their variance; time t/T in (0, 1]."""
+        """distance >= 0, time t/T in (0, 1]."""
         worth = -distance if self.scale is None else torch.exp(-distance / self.scale)
         return time ** self.time_power * worth
 
@@ -225,9 +238,8 @@ class Imitation(dmc.Wrapper):
     contexts are translated into it, given the agent's first image. `start_seed` is the seed of the
     task's own reset.
 
-    Observation: see `Layout`. Reward: see `Reward`; the distance is w_feature |z_t - z*_t|^2 +
-      w_img |o_t - o*_t|^2 of features and images, each a mean over elements in units of their
-      variance.
+    Observation: see `Layout`. Reward: see `Reward`; with `w_img`, that times the squared distance
+      of images, in units of their variance as well, is added to that of features.
     Horizon: the episode ends with the demonstration, at step T, with discount 0: there is no value
       to bootstrap from. The observation contains the time left, since the value depends on it
       (Pardo et al. 2018).
@@ -238,14 +250,14 @@ class Imitation(dmc.Wrapper):
     """
 
     def __init__(self, env, demos: Demonstrations, layout: Layout, reward: Reward, im_size: int,
-                 w_feature: float = 1.0, w_img: float = 0.0, evaluate: bool = False):
+                 w_img: float = 0.0, evaluate: bool = False):
         """
         Args:
           env: `dmc.load_suite(..., scenery)`, its actions repeated as the expert's were.
         """
         super().__init__(env)
         self._demos, self._layout, self._reward_of = demos, layout, reward
-        self._im_size, self._w_feature, self._w_img = im_size, w_feature, w_img
+        self._im_size, self._w_img = im_size, w_img
         self._evaluate, self._rng = evaluate, np.random.default_rng(0)
         self._image_var = demos.image_variance() if w_img else None
         self._horizon = demos.clips.frames(0).shape[1] - 1
@@ -309,7 +321,7 @@ class Imitation(dmc.Wrapper):
 
     def _reward(self) -> float:
         target = self._translation.features[self._step]
-        distance = self._w_feature * (self._features[0] - target).square().mean()
+        distance = self._reward_of.distance(self._features[0], target)
         if self._w_img:
             distance += (self._w_img / self._image_var
                          * video.mse(self._frame, self._translation.images[self._step]))
@@ -333,8 +345,7 @@ class Imitation(dmc.Wrapper):
 
 
 def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_actions: int,
-             reward: Reward, w_feature: float = 1.0, w_img: float = 0.0, evaluate: bool = False
-             ) -> Imitation:
+             reward: Reward, w_img: float = 0.0, evaluate: bool = False) -> Imitation:
     """Return the `Imitation` of the demonstrations' task, with their scenery and action repeat.
 
     Args:
@@ -345,7 +356,7 @@ def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_a
                            meta['action_repeat'])
     layout = Layout(demos.feature_dim, num_frames, tuple(lookahead), num_actions,
                     env.action_spec().shape[0])
-    return Imitation(env, demos, layout, reward, meta['im_size'], w_feature, w_img, evaluate)
+    return Imitation(env, demos, layout, reward, meta['im_size'], w_img, evaluate)
 
 
 def seen_from_now(history: torch.Tensor) -> torch.Tensor:
@@ -373,7 +384,7 @@ class TrackingEncoder(nn.Module):
 
 
 class Play(NamedTuple):
-    """Episodes of the agent's own random actions: features (M, T+1, D), actions (M, T, A)."""
+    """Episodes of play: features (M, T+1, D) and the agent's own actions (M, T, A)."""
 
     features: torch.Tensor
     actions: torch.Tensor
@@ -426,7 +437,7 @@ class ACAgent(DrQV2Agent):
         Args:
           obs_shape: (n,), of the flat observation.
           feature_dim_of_frame, num_frames, lookahead, num_actions: see `Layout`.
-          reward_scale, time_power, w_feature: see `Reward`, `Imitation`.
+          reward_scale, time_power, w_feature: see `Reward`.
           w_critic, w_clone: of the critic's value and of cloning in the actor's loss; 0: without.
           max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly.
             The agent is seldom exactly on time.
@@ -443,7 +454,7 @@ class ACAgent(DrQV2Agent):
         """
         self._layout = Layout(feature_dim_of_frame, num_frames, tuple(lookahead), num_actions,
                               action_dim)
-        self._reward, self._w_feature = Reward(reward_scale, time_power), w_feature
+        self._reward = Reward(reward_scale, time_power, w_feature)
         self._w_critic, self._w_clone, self._max_shift = w_critic, w_clone, max_shift
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
         self._relabel, self._hindsight, self._discount = relabel, hindsight, discount
@@ -477,8 +488,6 @@ class ACAgent(DrQV2Agent):
         return {**super().state_dict(), 'num_updates': self._num_updates}
 
     def load_state_dict(self, state: dict):
-        if self._w_clone and 'policy' not in state:
-            raise UserError('this imitator was made by an earlier version: start a new run.')
         super().load_state_dict(state)
         self._num_updates = state.get('num_updates', 0)
 
@@ -516,10 +525,10 @@ class ACAgent(DrQV2Agent):
         (B, A) and the actions before it (B, num_actions, A). From play alone while replay is empty,
         then half from each: replay is nearer to the demonstrations."""
         n = batch_size // 2 if replay_buffer is not None and len(replay_buffer) else batch_size
-        past, ahead = range(0, -self._layout.num_frames, -1), range(1, self.NUM_AHEAD + 1)
+        ahead = range(1, self.NUM_AHEAD + 1)
         i = torch.randint(len(self._play.features), (n,), device=self.device)
         steps = torch.randint(self._play.actions.shape[1], (n,), device=self.device)
-        parts = [(moments(self._play.features, i, steps, past),
+        parts = [(self._layout.history(self._play.features, i, steps),
                   moments(self._play.features, i, steps, ahead),
                   self._play.actions[i, steps],
                   past_actions(self._play.actions, i, steps, self._layout.num_actions))]
@@ -543,7 +552,7 @@ class ACAgent(DrQV2Agent):
     @torch.no_grad()
     def _label(self, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Demonstrations number i (B,), at steps (B,) -> actions (B, A), zeros before the start."""
-        history = moments(self._demos, i, steps, range(0, -self._layout.num_frames, -1))
+        history = self._layout.history(self._demos, i, steps)
         later = moments(self._demos, i, steps, range(1, self.NUM_AHEAD + 1))
         return self._infer_actions(self.labeller, history, later) * (steps >= 0)[:, None]
 
@@ -552,7 +561,7 @@ class ACAgent(DrQV2Agent):
         demos, layout = self._demos, self._layout
         i = torch.randint(len(demos), (batch_size,), device=self.device)
         steps = torch.randint(demos.shape[1] - 1, (batch_size,), device=self.device)
-        history = moments(demos, i, steps, range(0, -layout.num_frames, -1))
+        history = layout.history(demos, i, steps)
         labels = torch.stack([self._label(i, steps - back)
                               for back in range(layout.num_actions + 1)], dim=1)
         shift = torch.randint(-self._max_shift, self._max_shift + 1, (batch_size,),
@@ -607,7 +616,7 @@ class ACAgent(DrQV2Agent):
         i = torch.randint(len(self._demos), (batch_size,), device=self.device)
         # The later of two: early moments show more of the start than of the task.
         steps = torch.randint(self._demos.shape[1], (2, batch_size), device=self.device).amax(0)
-        shown = moments(self._demos, i, steps, range(0, -self._layout.num_frames, -1))
+        shown = self._layout.history(self._demos, i, steps)
         between = torch.lerp(own, shown, torch.rand_like(own[:, :1, :1])).requires_grad_()
         slope, = torch.autograd.grad(self._tell(between).sum(), between, create_graph=True)
         loss = (F.softplus(-self._tell(shown)).mean() + F.softplus(self._tell(own)).mean()
@@ -648,9 +657,9 @@ class ACAgent(DrQV2Agent):
                     [achieved[step + more] for step in layout.lookahead], dim=1)
         if m:
             target = layout.split(obs[:m])[1][:, 0]
-            missing = target - layout.split(next_obs[:m])[0][:, 0]
-            distance = self._w_feature * missing.square().mean(1, keepdim=True)
-            reward[:m] = self._reward(distance, 1 - layout.split(next_obs[:m])[2])
+            features, _, left, _ = layout.split(next_obs[:m])
+            distance = self._reward.distance(features[:, 0], target)[:, None]
+            reward[:m] = self._reward(distance, 1 - left)
         return obs, action, reward, discount, next_obs
 
     def actor_loss(self, features, dist) -> torch.Tensor:
@@ -685,19 +694,19 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         args, made_by = made['agent_args'], made['made_by']
         agent = ACAgent(**args, device='cpu')
         agent.load_state_dict(made['agent'])
-    model, _ = load_translator(translator, task_name, made_by['recipe'], torch.device('cpu'),
+        recipe, repeat, translator_sha256, scale, w_img = (made_by[key] for key in (
+            'recipe', 'action_repeat', 'translator_sha256', 'scale', 'w_img'))
+        layout = [args[key] for key in ('num_frames', 'lookahead', 'num_actions')]
+        reward = Reward(args['reward_scale'], args['time_power'], args['w_feature'])
+    model, _ = load_translator(translator, task_name, recipe, torch.device('cpu'),
                                args['precision'])
-    if utils.sha256(translator) != made_by['translator_sha256']:
+    if utils.sha256(translator) != translator_sha256:
         raise UserError(f'{path} was trained with another translator than {translator}: set '
                         'translator to that one.')
     clips = video.Clips(videos, task_name, model.im_size, dmc.CONTEXT_QUALITY)
-    meta, repeat = clips.meta, made_by['action_repeat']
+    meta = clips.meta
     if meta['action_repeat'] != repeat or meta['num_contexts'] < 2:
         raise UserError(f"{videos} was filmed with action_repeat={meta['action_repeat']} in "
                         f"{meta['num_contexts']} contexts, and {path} takes action_repeat={repeat} "
                         'and two or more: choose another imitator, or film anew.')
-    env = make_env(Demonstrations(model, clips, made_by['scale']), args['num_frames'],
-                   args['lookahead'], args.get('num_actions', 0),
-                   Reward(args['reward_scale'], args['time_power']), args['w_feature'],
-                   made_by['w_img'])
-    return env, agent
+    return make_env(Demonstrations(model, clips, scale), *layout, reward, w_img), agent

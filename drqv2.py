@@ -203,7 +203,8 @@ class DrQV2Agent:
 
     def load_state_dict(self, state: dict):
         """Load a full snapshot's state, or a slim one's, which suffices to act but not to train."""
-        if missing := {'encoder', 'policy' if 'policy' in state else 'actor'} - state.keys():
+        acting = 'policy' if 'policy' in self._parts else 'actor'
+        if missing := {'encoder', acting} - state.keys():
             raise KeyError(min(missing))
         for name in self._parts:
             if name in state:

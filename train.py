@@ -54,12 +54,12 @@ class Inline(Executor):
 class Workspace:
     """One run in one folder, which goes on from its last snapshot when started again there."""
 
-    def __init__(self, cfg, work_dir: Path, kind: str, train_env, eval_env, agent_class,
+    def __init__(self, cfg, work_dir: Path, kind: str, train_env, eval_env, make_agent,
                  agent_args: dict, made_by: dict, last: dict | None, overlap: bool = False):
         """
         Args:
           kind: what its snapshots hold, 'expert' or 'imitator'.
-          agent_args: constructor arguments of `agent_class` but for the device; kept in the
+          agent_args: what `make_agent` takes, beside the device, for a `DrQV2Agent`; kept in the
             snapshot, so that the agent can be made again from that alone.
           made_by: plain values to keep in the snapshot: where inputs came from.
           last: the snapshot to go on from, see `utils.load_last`.
@@ -85,7 +85,7 @@ class Workspace:
         device = utils.pick_device(cfg.device)
         utils.prepare_cpu()
         utils.set_seed_everywhere(cfg.seed)
-        self.agent = agent_class(**agent_args, device=device)
+        self.agent = make_agent(**agent_args, device=device)
         self.overlap = overlap
         if overlap:
             torch.set_num_threads(1)

@@ -32,44 +32,47 @@ WORKED = {'agreement': (0.01, -1), 'agreement_play': (0.015, -1), 'rank': (0.3, 
 def check_all_settings(cfg):
     """Raises: UserError for settings with which there is no run."""
     check_settings(cfg)
-    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos', 'num_frames')
-    utils.require_at_least(cfg, 0, 'num_actions', 'max_shift', 'num_pretrain_updates')
-    utils.require_at_least(cfg, 1 if cfg.w_clone else 0, 'num_play')
-    for one, other in (('w_feature', 'w_img'), ('w_critic', 'w_clone')):
-        if min(cfg[one], cfg[other]) < 0 or not cfg[one] + cfg[other]:
+    agent = cfg.agent
+    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos')
+    utils.require_at_least(agent, 1, 'num_frames')
+    utils.require_at_least(agent, 0, 'num_actions', 'max_shift', 'num_pretrain_updates')
+    utils.require_at_least(cfg, 1 if agent.w_clone else 0, 'num_play')
+    for one, other, weights in (('w_feature', 'w_img', (agent.w_feature, cfg.w_img)),
+                                ('w_critic', 'w_clone', (agent.w_critic, agent.w_clone))):
+        if min(weights) < 0 or not any(weights):
             raise UserError(f'{one} and {other} must not be negative, nor both 0: set {one}=1.')
-    if cfg.w_clone and cfg.recipe == 'liu2017':
-        raise UserError(f'w_clone={cfg.w_clone} takes a pose code, which recipe=liu2017 has not: '
+    if agent.w_clone and cfg.recipe == 'liu2017':
+        raise UserError(f'w_clone={agent.w_clone} takes a pose code, which recipe=liu2017 has not: '
                         'set w_clone=0.')
-    utils.schedule(cfg.stddev_schedule, 0)
-    if not isinstance(cfg.lr, (int, float)) or cfg.lr <= 0:
-        raise UserError(f'lr={cfg.lr} must be a number above 0: set lr=1e-3.')
-    if cfg.reward_scale is not None and not cfg.reward_scale > 0:
-        raise UserError(f'reward_scale={cfg.reward_scale} must be above 0, or null for a reward '
+    utils.schedule(agent.stddev_schedule, 0)
+    if not isinstance(agent.lr, (int, float)) or agent.lr <= 0:
+        raise UserError(f'lr={agent.lr} must be a number above 0: set lr=1e-3.')
+    if agent.reward_scale is not None and not agent.reward_scale > 0:
+        raise UserError(f'reward_scale={agent.reward_scale} must be above 0, or null for a reward '
                         'that does not saturate: set reward_scale=0.1.')
-    if min(cfg.relabel, cfg.hindsight) < 0 or cfg.relabel + cfg.hindsight > 1:
-        raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} are shares of one '
-                        'batch: set them to 0 or more, and no more than 1 together.')
-    if any(step < 1 for step in cfg.lookahead):
-        raise UserError(f'lookahead={list(cfg.lookahead)} is no list of steps ahead: set '
+    if min(agent.relabel, agent.hindsight) < 0 or agent.relabel + agent.hindsight > 1:
+        raise UserError(f'relabel={agent.relabel} and hindsight={agent.hindsight} are shares of '
+                        'one batch: set them to 0 or more, and no more than 1 together.')
+    if any(step < 1 for step in agent.lookahead):
+        raise UserError(f'lookahead={list(agent.lookahead)} is no list of steps ahead: set '
                         'lookahead=[1,3,6,12].')
-    if not cfg.w_critic:
+    if not agent.w_critic:
         return
-    if not cfg.lookahead:
-        if cfg.recipe == 'liu2017' or not cfg.w_clone:
+    if not agent.lookahead:
+        if cfg.recipe == 'liu2017' or not agent.w_clone:
             raise UserError('lookahead=[] leaves the critic nothing to track, and a discriminator '
                             'in its place takes cloning: set lookahead=[1,3,6,12].')
         if cfg.nstep != 1 or cfg.w_img:
             raise UserError('without targets (lookahead=[]) the critic takes nstep=1 w_img=0: set '
                             'these.')
-    elif cfg.relabel + cfg.hindsight:
+    elif agent.relabel + agent.hindsight:
         if cfg.nstep != 1:
             raise UserError(f'nstep={cfg.nstep} goes with the targets that were there: set '
                             'nstep=1, or relabel=0 hindsight=0.')
-        if cfg.w_img or cfg.lookahead[0] != 1:
-            raise UserError(f'relabel={cfg.relabel} and hindsight={cfg.hindsight} work out rewards '
-                            'from observations, which takes w_img=0 and 1 as the first lookahead: '
-                            'set relabel=0 hindsight=0.')
+        if cfg.w_img or agent.lookahead[0] != 1:
+            raise UserError(f'relabel={agent.relabel} and hindsight={agent.hindsight} work out '
+                            'rewards from observations, which takes w_img=0 and 1 as the first '
+                            'lookahead: set relabel=0 hindsight=0.')
 
 
 def act_as_often(cfg, source: str | Path, action_repeat: int):
@@ -92,7 +95,7 @@ def film_demonstrations(cfg, im_size: int):
     command = [sys.executable, str(Path(__file__).parent / 'generate_expert_video.py'),
                f'task={cfg.task_name}', f'snapshot={cfg.expert}', f'out_dir={cfg.data_dir}',
                f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}',
-               f'num_play={cfg.num_play if cfg.w_clone else 0}', 'num_play_valid=0',
+               f'num_play={cfg.num_play if cfg.agent.w_clone else 0}', 'num_play_valid=0',
                f'im_size={im_size}', f'seed={cfg.seed}']
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)
@@ -146,7 +149,7 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
     """
     root = Path(cfg.data_dir)
     limits = {'train': cfg.num_demos, 'valid': cfg.num_eval_demos}
-    if cfg.w_clone:
+    if cfg.agent.w_clone:
         limits['play'] = cfg.num_play
     if not all(video.is_whole(root / split) for split in limits):
         film_demonstrations(cfg, im_size)
@@ -176,23 +179,23 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     splits = open_videos(cfg, model.im_size)
 
     last = utils.load_last(work_dir, 'imitator', cfg.task_name)
-    if last:
-        with utils.must_fit(work_dir / 'snapshot.pt', 'start a new run'):
-            last['agent_args'].setdefault('num_actions', 0)  # made by an earlier version
-    # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
-    demos = Demonstrations(model, splits['train'], last and last['made_by'].get('scale'))
+    with utils.must_fit(work_dir / 'snapshot.pt', 'start a new run'):
+        # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
+        scale = last and last['made_by'].get('scale')
+    demos = Demonstrations(model, splits['train'], scale)
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
-    options = (cfg.num_frames, cfg.lookahead, cfg.num_actions,
-               Reward(cfg.reward_scale, cfg.time_power), cfg.w_feature, cfg.w_img)
+    agent = cfg.agent
+    options = (agent.num_frames, agent.lookahead, agent.num_actions,
+               Reward(agent.reward_scale, agent.time_power, agent.w_feature), cfg.w_img)
     train_env = make_env(demos, *options)
     eval_env = make_env(eval_demos, *options, evaluate=True)
-    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True),
+    agent_args = dict(OmegaConf.to_container(agent, resolve=True),
                       obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0],
                       feature_dim_of_frame=model.feature_dim)
 
     def make_agent(**args) -> ACAgent:  # called once all else is checked: it encodes the videos
-        if cfg.w_clone:
+        if cfg.agent.w_clone:
             args |= dict(demos=demos.features(),
                          play=encode_play(model, splits['play'], demos.scale))
         return ACAgent(**args)

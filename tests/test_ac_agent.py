@@ -23,7 +23,6 @@ from ac_agent import (
 from ct_model import ContextTranslator, to_uint8
 from drqv2 import DrQV2Agent
 from replay_buffer import ReplayBuffer
-from utils import UserError
 
 # ------------------------------------------------------------------------------ layout and reward
 
@@ -214,12 +213,10 @@ class Ahead(FakeEnv):
 PAPER = Reward(None, 2.0)
 
 
-def make_imitation(length=4, evaluate=False, env=None, reward=PAPER, w_feature=1.0, w_img=0.5,
-                   num_actions=0):
+def make_imitation(length=4, evaluate=False, env=None, reward=PAPER, w_img=0.5, num_actions=0):
     """-> the environment, and the demonstrations in it."""
     demos, layout = FakeDemos(length), Layout(2, 2, (1, 3), num_actions, 2)
-    return Imitation(env or FakeEnv(length=100), demos, layout, reward, 8, w_feature, w_img,
-                     evaluate), demos
+    return Imitation(env or FakeEnv(length=100), demos, layout, reward, 8, w_img, evaluate), demos
 
 
 class ImitationContract(test_utils.EnvironmentTestMixin, parameterized.TestCase):
@@ -247,12 +244,10 @@ def test_reward_is_maximal_when_the_agent_reproduces_the_targets(reward, best):
 
 
 def test_terms_have_their_weights():
-    for weights in ({'w_feature': 0.0}, {'w_img': 0.0}, {'w_feature': 2.0, 'w_img': 0.0}):
-        env, demos = make_imitation(reward=Reward(None, 0.0), env=Ahead(2), **weights)
+    for w_feature, w_img in ((0.0, 0.5), (1.0, 0.0), (2.0, 0.0)):
+        env, demos = make_imitation(reward=Reward(None, 0.0, w_feature), env=Ahead(2), w_img=w_img)
         env.reset(episode_seed=0)
-        weights = dict(w_feature=1.0, w_img=0.5) | weights
-        expected = weights['w_feature'] * 4 + weights['w_img'] * (
-            (2 / 255) ** 2 / demos.image_variance())
+        expected = w_feature * 4 + w_img * (2 / 255) ** 2 / demos.image_variance()
         assert env.step(np.zeros(2)).reward == pytest.approx(-expected)
 
 
@@ -376,7 +371,7 @@ def test_panels_show_source_translation_and_agent():
 # ------------------------------------------------------------------------------ relabelling
 
 LAYOUT = Layout(2, 2, (1, 2))
-REWARD = Reward(50.0, 2.0)
+REWARD = Reward(50.0, 2.0, w_feature=0.5)
 
 
 class Walk(FakeEnv):
@@ -402,7 +397,7 @@ class Standing(FakeEnv):
 
 
 def imitate(env, reward=REWARD):
-    return Imitation(env, FakeDemos(4), LAYOUT, reward, 8, w_feature=0.5)
+    return Imitation(env, FakeDemos(4), LAYOUT, reward, 8)
 
 
 class Stored:
@@ -416,8 +411,8 @@ class Stored:
 
 
 def make_agent(relabel=0.0, hindsight=0.0, reward=REWARD, **changes):
-    options = dict(reward_scale=reward.scale, time_power=reward.time_power, w_feature=0.5,
-                   hidden_dim=8, feature_dim=None) | changes
+    options = dict(reward_scale=reward.scale, time_power=reward.time_power,
+                   w_feature=reward.w_feature, hidden_dim=8, feature_dim=None) | changes
     return ACAgent((LAYOUT.size,), 2, feature_dim_of_frame=2, num_frames=2, lookahead=[1, 2],
                    relabel=relabel, hindsight=hindsight, **options)
 
@@ -673,7 +668,7 @@ def test_what_acts_and_what_labels_are_running_means(demo_features):
 
     def loss():
         torch.manual_seed(0)
-        return float(agent.clone_loss(64))
+        return float(agent.clone_loss(64).detach())
     before = loss()
     agent.inverse[-1].bias.data += 1
     assert loss() == before
@@ -864,13 +859,6 @@ def test_an_agent_goes_on_from_its_state(tmp_path, demo_features, lookahead):
     np.testing.assert_array_equal(*(each.act(obs, 0, eval_mode=True) for each in (agent, other)))
 
 
-def test_an_imitator_of_an_earlier_version_is_refused(demo_features):
-    agent = make_cloner(demo_features, Play(*roll_out(at_random, 5, seed=1)))
-    state = {name: part for name, part in agent.state_dict().items() if name != 'policy'}
-    with pytest.raises(UserError, match='earlier version'):
-        agent.load_state_dict(state)
-
-
 def test_of_a_slim_snapshot_it_can_act(demo_features):
     agent = make_cloner(demo_features, Play(*roll_out(at_random, 5, seed=1)))
     for _ in range(3):
@@ -879,6 +867,8 @@ def test_of_a_slim_snapshot_it_can_act(demo_features):
     alone = make_cloner(None, None)
     for parameter in alone.policy.parameters():
         parameter.data.zero_()
+    with pytest.raises(KeyError, match='policy'):
+        alone.load_state_dict({'encoder': {}, 'actor': agent.state_dict()['actor']})
     alone.load_state_dict(state)
     obs = np.ones(LAYOUT.size, np.float32)
     np.testing.assert_array_equal(*(each.act(obs, 0, eval_mode=True) for each in (agent, alone)))

@@ -355,6 +355,17 @@ def test_settings_that_go_together_pass(cfg, overrides):
     train_ac.check_all_settings(cfg)
 
 
+def test_what_is_set_for_the_agent_alone_holds_for_its_environment_too(cfg, tmp_path):
+    agent = {'num_frames': 5, 'lookahead': [1, 2, 4], 'reward_scale': 0.7, 'time_power': 1,
+             'w_critic': 1.0}
+    cfg.merge_with({'agent': agent})
+    workspace = make(cfg, tmp_path / 'whole')
+    assert workspace.train_env.observation_spec().shape == tuple(workspace.agent_args['obs_shape'])
+    workspace.train()  # relabelled rewards too
+    cfg.merge_with({'agent': {'lookahead': [2]}})
+    refused(cfg, tmp_path, 'set relabel=0')
+
+
 def test_a_missing_translator_is_told_with_the_command(cfg, tmp_path):
     (tmp_path / 'ct.pt').unlink()
     refused(cfg, tmp_path, 'python train_ct.py task=reacher_hard')
