@@ -20,7 +20,7 @@ import dmc
 import utils
 import video
 from contexts import Scenery
-from ct_model import ContextTranslator, mlp, to_uint8
+from ct_model import ContextTranslator, normed_mlp, to_uint8
 from drqv2 import DrQV2Agent
 from utils import UserError
 
@@ -225,7 +225,7 @@ class Demonstrations:
         return Translation(features.mean(0).cpu(), decoded)
 
     def image_variance(self) -> float:
-        """How much pixels in [0, 1] vary within a demonstration."""
+        """Return the variance over time of pixels in [0, 1], a mean over demonstrations."""
         return float(np.mean([np.var(np.array(self.clips.frames(i)[0]) / 255.0, axis=0).mean()
                               for i in range(min(len(self), 20))]))
 
@@ -462,18 +462,18 @@ class ACAgent(DrQV2Agent):
         if self._discriminates:
             # Half of the critic's steps are play's, or more. With layer normalisation it does not
             # overrate what play never did (Ball et al. 2023).
-            self.mlp = mlp
+            self.mlp = normed_mlp
         super().__init__(obs_shape, action_dim, lr=lr, hidden_dim=hidden_dim, **drqv2_args)
         if w_clone:
             in_dim = feature_dim_of_frame * (num_frames + self.NUM_AHEAD)
-            self.inverse = mlp(in_dim, hidden_dim, action_dim).to(self.device)
+            self.inverse = normed_mlp(in_dim, hidden_dim, action_dim).to(self.device)
             self.inverse_opt = torch.optim.Adam(self.inverse.parameters(), lr=lr, fused=True)
             self.policy, self.labeller = (copy.deepcopy(net).requires_grad_(False)
                                           for net in (self.actor, self.inverse))
             self._parts = (*self._parts, 'policy', 'inverse', 'inverse_opt', 'labeller')
             if self._discriminates:
                 in_dim = feature_dim_of_frame * num_frames
-                self.discriminator = mlp(in_dim, hidden_dim, 1).to(self.device)
+                self.discriminator = normed_mlp(in_dim, hidden_dim, 1).to(self.device)
                 self.discriminator_opt = torch.optim.Adam(
                     self.discriminator.parameters(), lr=lr * self.LR_SHARE, fused=True)
                 self._parts = (*self._parts, 'discriminator', 'discriminator_opt')
@@ -502,7 +502,8 @@ class ACAgent(DrQV2Agent):
         return self._update(replay_buffer, batch_size, step, self._w_critic)
 
     def _update(self, replay_buffer, batch_size: int, step: int, with_critic) -> dict:
-        """The inverse model, then the actor, with the critic or by cloning alone; -> metrics."""
+        """Update inverse model and discriminator, then critic and actor, or the actor by cloning
+        alone; -> metrics."""
         metrics = self.update_inverse(replay_buffer, batch_size) if self._w_clone else {}
         if with_critic and self._discriminates:
             metrics |= self.update_discriminator(replay_buffer, batch_size)
@@ -521,9 +522,11 @@ class ACAgent(DrQV2Agent):
         return inverse(seen.flatten(1)).tanh()
 
     def _own_moments(self, replay_buffer, batch_size: int):
-        """-> the agent's own steps: history (B, num_frames, D), later (B, NUM_AHEAD, D), action
-        (B, A) and the actions before it (B, num_actions, A). From play alone while replay is empty,
-        then half from each: replay is nearer to the demonstrations."""
+        """Sample the agent's own steps: from play only while the replay buffer is empty, then half
+        from each, since replay is nearer to the demonstrations.
+
+        Returns: history (B, num_frames, D), later (B, NUM_AHEAD, D), the action (B, A) and those
+          before it (B, num_actions, A)."""
         n = batch_size // 2 if replay_buffer is not None and len(replay_buffer) else batch_size
         ahead = range(1, self.NUM_AHEAD + 1)
         i = torch.randint(len(self._play.features), (n,), device=self.device)
@@ -601,12 +604,12 @@ class ACAgent(DrQV2Agent):
         before = torch.cat([action[:, None], before], dim=1)[:, :self._layout.num_actions]
         next_obs = self._layout.join(history, none, left, before)
         with torch.no_grad():
-            reward = self._tell(history).sigmoid()
+            reward = self._logit(history).sigmoid()
         return obs, action, reward, torch.full_like(reward, self._discount), next_obs
 
-    def _tell(self, history: torch.Tensor) -> torch.Tensor:
-        """Features (B, num_frames, D), newest first -> (B, 1), above 0 where they look like a
-        demonstration's."""
+    def _logit(self, history: torch.Tensor) -> torch.Tensor:
+        """Return the discriminator's logit (B, 1) of features (B, num_frames, D), newest first:
+        positive means 'a demonstration'."""
         return self.discriminator(seen_from_now(history).flatten(1))
 
     def update_discriminator(self, replay_buffer, batch_size: int) -> dict[str, torch.Tensor]:
@@ -618,8 +621,8 @@ class ACAgent(DrQV2Agent):
         steps = torch.randint(self._demos.shape[1], (2, batch_size), device=self.device).amax(0)
         shown = self._layout.history(self._demos, i, steps)
         between = torch.lerp(own, shown, torch.rand_like(own[:, :1, :1])).requires_grad_()
-        slope, = torch.autograd.grad(self._tell(between).sum(), between, create_graph=True)
-        loss = (F.softplus(-self._tell(shown)).mean() + F.softplus(self._tell(own)).mean()
+        slope, = torch.autograd.grad(self._logit(between).sum(), between, create_graph=True)
+        loss = (F.softplus(-self._logit(shown)).mean() + F.softplus(self._logit(own)).mean()
                 + self.SLOPE_WEIGHT * slope.square().sum((1, 2)).mean())
         self.discriminator_opt.zero_grad(set_to_none=True)
         loss.backward()

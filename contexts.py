@@ -21,23 +21,27 @@ from utils import UserError
 
 Kind = Literal['seen', 'held_out']
 
-MAX_DISTRACTORS, DISTRACTOR_SLOTS = 4, 10
-# Factor -> number of its slots, and its ranges in the config. A factor's first slot is its key;
-# the keys determine the kind of a context.
-FACTORS: dict[str, tuple[int, tuple[str, ...]]] = {
-    'body': (6, ('saturation', 'value')),
-    'target': (3, ('saturation', 'value')),
-    'floor': (5, ('saturation', 'value', 'contrast')),
-    'sky': (5, ('saturation', 'value')),
-    'light': (5, ('brightness', 'tint', 'tilt')),
-    'camera': (4, ('orbit', 'roll', 'zoom')),
-    'distractors': (3 + MAX_DISTRACTORS * DISTRACTOR_SLOTS,
+MAX_DISTRACTORS = 4
+DISTRACTOR = ('x', 'y', 'depth', 'shape', 'size', 'length', 'hue', 'saturation', 'value', 'turn')
+# Factor -> its slots, and its ranges in the config. A factor's first slot is its key; the keys
+# determine the kind of a context.
+FACTORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    'body': (('hue', 'saturation', 'value', 'accent hue', 'accent saturation', 'accent value'),
+             ('saturation', 'value')),
+    'target': (('hue', 'saturation', 'value'), ('saturation', 'value')),
+    'floor': (('hue', 'saturation', 'value', 'contrast', 'pattern'),
+              ('saturation', 'value', 'contrast')),
+    'sky': (('hue', 'low saturation', 'low value', 'high saturation', 'high value'),
+            ('saturation', 'value')),
+    'light': (('brightness', 'hue', 'tint', 'azimuth', 'tilt'), ('brightness', 'tint', 'tilt')),
+    'camera': (('yaw', 'pitch', 'roll', 'zoom'), ('orbit', 'roll', 'zoom')),
+    'distractors': (('hue', 'count', 'first corner', *MAX_DISTRACTORS * DISTRACTOR),
                     ('count', 'size', 'saturation', 'value')),
 }
 LIMITS = {'saturation': (0, 1), 'value': (0, 1), 'contrast': (0, 1), 'tint': (0, 1),
           'count': (0, MAX_DISTRACTORS)}
-_ENDS = np.cumsum([size for size, _ in FACTORS.values()]).tolist()
-SLOTS = {name: slice(end - FACTORS[name][0], end)
+_ENDS = np.cumsum([len(slots) for slots, _ in FACTORS.values()]).tolist()
+SLOTS = {name: slice(end - len(FACTORS[name][0]), end)
          for name, end in zip(FACTORS, _ENDS, strict=True)}
 DIM = _ENDS[-1]
 CELLS, MODULUS = 8, 4  # keys are quantised to 8 cells; 1 in 4 sums of cells is held out
@@ -219,12 +223,14 @@ def look(context: np.ndarray, scenery: Scenery, stage: Stage) -> Look:
     light, camera, distractors = None, None, []
     if 'floor' in slots:
         y, x = np.mgrid[:FLOOR_SIZE, :FLOOR_SIZE] * 2 * stage.tiles // FLOOR_SIZE % 2
-        dark = PATTERNS[int(len(PATTERNS) * slots['floor'][4])](x, y)[..., None]
-        image = colours[FLOOR] * (1 - dark * scenery.lay('floor', 'contrast', slots['floor'][3]))
+        *_, contrast, pattern = slots['floor']
+        dark = PATTERNS[int(len(PATTERNS) * pattern)](x, y)[..., None]
+        image = colours[FLOOR] * (1 - dark * scenery.lay('floor', 'contrast', contrast))
         textures |= dict.fromkeys(stage.textures['floor'], (255 * image).astype(np.uint8))
     if 'sky' in slots:
-        low = scenery.colour('sky', hues['sky'], *slots['sky'][1:3])
-        high = scenery.colour('sky', hues['sky'], *slots['sky'][3:5])
+        _, *saturations_and_values = slots['sky']
+        low, high = (scenery.colour('sky', hues['sky'], *pair)
+                     for pair in (saturations_and_values[:2], saturations_and_values[2:]))
         image = np.tile(np.linspace(high, low, SKY_SIZE)[:, None], (6, SKY_SIZE, 1))
         textures |= dict.fromkeys(stage.textures['sky'], (255 * image).astype(np.uint8))
     if 'light' in slots:
@@ -234,10 +240,11 @@ def look(context: np.ndarray, scenery: Scenery, stage: Stage) -> Look:
         light = (scenery.lay('light', 'brightness', brightness) * colour,
                  rotation(axis, scenery.lay('light', 'tilt', tilt)))
     if 'camera' in slots:
-        yaw, pitch = scenery.lay('camera', 'orbit', slots['camera'][:2])
-        roll = scenery.lay('camera', 'roll', slots['camera'][2])
+        yaw, pitch, roll, zoom = (
+            scenery.lay('camera', key, slot) for key, slot in
+            zip(('orbit', 'orbit', 'roll', 'zoom'), slots['camera'], strict=True))
         camera = (rotation([0, 1, 0], yaw) @ rotation([1, 0, 0], pitch)
-                  @ rotation([0, 0, 1], roll), scenery.lay('camera', 'zoom', slots['camera'][3]))
+                  @ rotation([0, 0, 1], roll), zoom)
     if 'distractors' in slots:
         distractors = place_distractors(slots['distractors'], hues, scenery, stage)
     return Look([colours[groups] for _, _, groups in stage.parts], textures, light, camera,
@@ -251,31 +258,33 @@ def place_distractors(slots: np.ndarray, hues: Mapping[str, float], scenery: Sce
     They float behind the body, or stand on the floor where the ray meets the floor first.
     """
     low, high = scenery.ranges['distractors', 'count']
-    count, first = int(low + slots[1] * (high - low + 1)), int(4 * slots[2])
+    hue, count, first, *others = slots
+    count, first = int(low + count * (high - low + 1)), int(4 * first)
     taken = [hues[name] for name in ('body', 'accent', 'target') if name in hues]
     # Seen from above, the whole floor is about as far as the body; seen from the side, the
     # floor must be well behind for a shape on it not to hide the body.
     nearest = stage.depth * (0.9 + 0.3 * np.hypot(*stage.axes[:2, 2]))
     distractors = []
-    for i, own in enumerate(slots[3:].reshape(-1, DISTRACTOR_SLOTS)[:count]):
+    for i, own in enumerate(np.reshape(others, (MAX_DISTRACTORS, len(DISTRACTOR)))[:count]):
+        x, y, depth, shape, size, length, own_hue, saturation, value, turn = own
         spot = np.array([(-1, -1), (1, 1), (-1, 1), (1, -1)][(first + i) % 4])
-        spot = spot * (0.6 + 0.35 * own[:2])
+        spot = spot * (0.6 + 0.35 * np.array([x, y]))
         ray, ground = stage.cast(spot)
         if ground < nearest:
             ray, ground = stage.cast(spot * [1, -0.7])
-        depth = min(stage.depth * (1.3 + 0.6 * own[2]), ground)
+        depth = min(stage.depth * (1.3 + 0.6 * depth), ground)
         position = stage.eye + depth * ray
-        shape = SHAPES[int(len(SHAPES) * own[3])]
-        radius = scenery.lay('distractors', 'size', own[4]) * stage.half_view * depth
-        length = radius * (0.6 + 0.8 * own[5])
+        shape = SHAPES[int(len(SHAPES) * shape)]
+        radius = scenery.lay('distractors', 'size', size) * stage.half_view * depth
+        length = radius * (0.6 + 0.8 * length)
         if depth == ground:
             position[2] += {GEOM.mjGEOM_SPHERE: radius,
                             GEOM.mjGEOM_CAPSULE: radius + length}.get(shape, length)
         size = [radius, radius, length] if shape == GEOM.mjGEOM_BOX else [radius, length, 0]
-        hue = hue_apart((slots[0] + (i + 0.3 * own[6]) / count) % 1, taken, 0.14)
-        rgba = [*scenery.colour('distractors', hue, *own[7:9]), 1]
+        apart = hue_apart((hue + (i + 0.3 * own_hue) / count) % 1, taken, 0.14)
+        rgba = [*scenery.colour('distractors', apart, saturation, value), 1]
         distractors.append(Distractor(
-            shape, np.array(size), position, rotation([0, 0, 1], 360 * own[9]).ravel(),
+            shape, np.array(size), position, rotation([0, 0, 1], 360 * turn).ravel(),
             np.array(rgba, np.float32), 2.6 * stage.half_view * depth))
     return distractors
 

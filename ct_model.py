@@ -126,7 +126,8 @@ class Decoder(nn.Module):
         return torch.lerp(first[:, None], drawn, mask.sigmoid()).flatten(0, 1)
 
 
-def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
+def normed_mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
+    """Two hidden layers, each with layer normalisation and SiLU."""
     return nn.Sequential(nn.Linear(in_dim, hidden), nn.LayerNorm(hidden), nn.SiLU(),
                          nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.SiLU(),
                          nn.Linear(hidden, out_dim))
@@ -144,7 +145,8 @@ class Dynamics(nn.Module):
     def __init__(self, code_dim: int, action_dim: int, hidden: int = 256, num_members: int = 3):
         super().__init__()
         in_dim = code_dim * self.HISTORY + action_dim
-        self.members = nn.ModuleList(mlp(in_dim, hidden, code_dim) for _ in range(num_members))
+        self.members = nn.ModuleList(normed_mlp(in_dim, hidden, code_dim)
+                                     for _ in range(num_members))
         for member in self.members:
             nn.init.normal_(member[-1].weight, std=1e-2 / hidden ** 0.5)
 
@@ -205,12 +207,12 @@ class PoseCode(nn.Module):
         """
         super().__init__()
         num_targets = min(num_targets, z_dim)
-        self.head = mlp(z_dim, hidden, code_dim)
+        self.head = normed_mlp(z_dim, hidden, code_dim)
         # Unit variance, without parameters: codes cannot agree by being all the same.
         self.norm = nn.BatchNorm1d(code_dim, affine=False, momentum=0.02)
-        self.predictor = mlp(code_dim + z_dim, hidden, num_targets)
+        self.predictor = normed_mlp(code_dim + z_dim, hidden, num_targets)
         self.dynamics = Dynamics(code_dim, action_dim, hidden)
-        self.inverse = mlp(3 * code_dim, hidden, action_dim)
+        self.inverse = normed_mlp(3 * code_dim, hidden, action_dim)
         self.register_buffer('z_scale', torch.zeros(2, z_dim))            # mean, deviation
         self.register_buffer('z2_scale', torch.zeros(2, z_dim))
         self.register_buffer('targets', torch.zeros(z_dim, num_targets))
@@ -279,7 +281,7 @@ class PoseCode(nn.Module):
         return total, {name: loss.detach() for name, loss in losses.items()}
 
 
-class Context(NamedTuple):
+class EncodedContext(NamedTuple):
     """The context of N clips: Enc2's z2 (N, z_dim), its maps of each level, the first frames."""
 
     z2: torch.Tensor
@@ -345,17 +347,17 @@ class ContextTranslator(nn.Module):
         z, _ = self.enc1(to_float(frames.reshape(-1, *frames.shape[-3:])).to(self.dtype))
         return z.view(*frames.shape[:-3], self.z_dim)
 
-    def context(self, first: torch.Tensor) -> Context:
+    def context(self, first: torch.Tensor) -> EncodedContext:
         """Enc2: the first frames of N clips, uint8 (N, H, W, 3) -> their context."""
         first = to_float(first)
-        return Context(*self.enc2(first.to(self.dtype)), first)
+        return EncodedContext(*self.enc2(first.to(self.dtype)), first)
 
-    def translate(self, z1: torch.Tensor, context: Context) -> torch.Tensor:
+    def translate(self, z1: torch.Tensor, context: EncodedContext) -> torch.Tensor:
         """T: z1 (N, T, z_dim) of any context -> z3 (N, T, z_dim) in `context`."""
         z2 = context.z2[:, None].expand(-1, z1.shape[1], -1)
         return self.translator(torch.cat([z1, z2], dim=2))
 
-    def decode(self, z: torch.Tensor, context: Context) -> torch.Tensor:
+    def decode(self, z: torch.Tensor, context: EncodedContext) -> torch.Tensor:
         """Dec: z (N, T, z_dim) -> images (N, T, 3, H, W) in about [-1, 1]; see `to_uint8`."""
         return self.dec(z.flatten(0, 1), *context[1:]).unflatten(0, z.shape[:2])
 

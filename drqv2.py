@@ -257,7 +257,7 @@ class DrQV2Agent:
                 'critic_q2': q2.detach().mean(), 'critic_loss': loss.detach()}
 
     def update_actor(self, features, stddev):
-        """The actor alone. Args: features (B, repr_dim), detached."""
+        """Update the actor; the encoder gets no gradient. Args: features (B, repr_dim)."""
         return self.step_actor(self.actor_loss(features, self.actor(features, stddev)))
 
     def step_actor(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -222,7 +222,7 @@ def start_worker(cfg):
     # Built lazily: an exception in a pool's initializer surfaces only as BrokenProcessPool.
     studio = functools.cache(functools.partial(Studio, cfg))
     torch.set_num_threads(1)
-    # Ctrl-C reaches the main process, which lets begun episodes be finished.
+    # The main process answers Ctrl-C, and lets its workers finish what they began.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent():  # else the workers of a main process that is killed wait for ever
@@ -294,7 +294,7 @@ def generate(cfg):
 
 
 def check_player(cfg, orders: list[Order]):
-    """Raises: UserError where there is nothing to play, or `cfg.player` cannot."""
+    """Raises: UserError where demonstrations are missing, no play is, or the player cannot act."""
     for order in orders:
         kind = SPLITS[order.name]
         if kind.actor == 'expert' and not video.is_whole(order.root):

@@ -75,7 +75,7 @@ def check_all_settings(cfg):
                             'lookahead: set relabel=0 hindsight=0.')
 
 
-def act_as_often(cfg, source: str | Path, action_repeat: int):
+def adopt_action_repeat(cfg, source: str | Path, action_repeat: int):
     """Set action_repeat to that of the expert behind `source`.
 
     Raises: UserError where the settings say otherwise, or are for less than one action.
@@ -91,7 +91,7 @@ def film_demonstrations(cfg, im_size: int):
     """Let the expert film what is to be imitated; it goes on where it was interrupted."""
     expert = utils.load_snapshot(cfg.expert, 'expert', cfg.task_name,
                                  remedy=f'python train.py task={cfg.task_name}')
-    act_as_often(cfg, cfg.expert, expert['made_by']['env_args']['action_repeat'])
+    adopt_action_repeat(cfg, cfg.expert, expert['made_by']['env_args']['action_repeat'])
     command = [sys.executable, str(Path(__file__).parent / 'generate_expert_video.py'),
                f'task={cfg.task_name}', f'snapshot={cfg.expert}', f'out_dir={cfg.data_dir}',
                f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}',
@@ -161,7 +161,7 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
             raise UserError(f'{clips.root} shows each episode in one context only; one more is '
                             'needed for the agent: python generate_expert_video.py '
                             f'task={cfg.task_name} num_contexts=4 out_dir=<another folder>.')
-        act_as_often(cfg, clips.root, clips.meta['action_repeat'])
+        adopt_action_repeat(cfg, clips.root, clips.meta['action_repeat'])
     return splits
 
 

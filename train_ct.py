@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 import dmc
 import utils
 import video
-from ct_model import ContextTranslator, Dynamics, mlp, moving, to_uint8
+from ct_model import ContextTranslator, Dynamics, moving, normed_mlp, to_uint8
 from logger import Logger
 from utils import UserError
 
@@ -318,7 +318,7 @@ class PoseProbe:
         mean, std = z.mean(0), z.std(0) + 1e-6
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = mlp(z.shape[1], 256, truth.shape[1]).to(z.device)
+            net = normed_mlp(z.shape[1], 256, truth.shape[1]).to(z.device)
             optimizer = torch.optim.Adam(net.parameters(), 1e-3)
             num_steps = 3000
             for step in range(num_steps):

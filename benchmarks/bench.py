@@ -1,4 +1,4 @@
-"""How fast each part is beside a plain way to compute the same: python benchmarks/bench.py
+"""Measure each part's speed, and a plain implementation's of the same: benchmarks/bench.py
 
     python benchmarks/bench.py [part ...] [--device auto|cpu|cuda] [--json]
 
@@ -52,7 +52,7 @@ class Row(NamedTuple):
     repeats: int = 5
     flops: float | None = None  # of one unit, where that is known
     plain_amount: float | None = None  # what one call of the plain one gets done, if not the same
-    difference: Callable | None = None  # of what the two compute, in units of 1/255
+    difference: Callable | None = None  # between their pictures, mean over pixels, in 1/255
 
 
 def config(name: str, *overrides: str):
@@ -328,7 +328,7 @@ def measured(part: str, device, peak: float) -> Iterator[dict]:
     pipe, other_end = spawn.Pipe()
     process = spawn.Process(target=plain_side, args=(other_end, part, device))
     process.start()
-    other_end.close()  # else nobody would notice if the process died
+    other_end.close()  # otherwise recv() would wait for ever if the process died
     torch.set_num_threads(NUM_THREADS)
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -83,7 +83,7 @@ PARTS = 'encoder', 'actor', 'critic', 'critic_target'
 def test_update_equals_the_plain_one(obs_shape):
     agent, slow, losses = updated(obs_shape, 'fp32')
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-3, atol=1e-5)
-    assert not any(p.requires_grad for p in agent.critic_target.parameters())  # no graph grows
+    assert not any(p.requires_grad for p in agent.critic_target.parameters())  # no autograd graph
     for name in PARTS:
         for one, other in zip(getattr(agent, name).parameters(), getattr(slow, name).parameters(),
                               strict=True):

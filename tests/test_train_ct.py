@@ -163,7 +163,8 @@ def unmeasured(monkeypatch):
 @pytest.fixture
 def linear_probe(monkeypatch):
     """Poses are read by a linear map, which is fitted within a second."""
-    monkeypatch.setattr(train_ct, 'mlp', lambda size, _, out_dim: torch.nn.Linear(size, out_dim))
+    monkeypatch.setattr(train_ct, 'normed_mlp',
+                        lambda size, _, out_dim: torch.nn.Linear(size, out_dim))
 
 
 def die_in_step(monkeypatch, die_at):
