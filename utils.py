@@ -494,6 +494,16 @@ def require_same_pictures(source: str | Path, there: dict, quality: list | None,
 
 # ---------------------------------------------------------------------------------------- snapshots
 
+# A snapshot is a dict of tensors and plain values:
+#   every kind          format, kind, task, versions, command, machine, see `save_snapshot`;
+#                       made_by: settings and inputs, which a resumed run must share
+#   expert, imitator    agent_args, agent: to make the agent again (train.Workspace);
+#                       to resume: replay_buffer, global_step, global_episode, evaluations, elapsed,
+#                       rng
+#   translator          model_args, model, scores (train_ct.py);
+#                       to resume: optimizers, samplers, step, best, elapsed, rng
+# `slim` leaves out what is there to resume.
+
 FORMAT = 1  # of snapshots and datasets; raised when an older reader would misread them
 
 

@@ -26,7 +26,7 @@ def test_damage_is_counted_by_what_came_of_it_and_mended(tmp_path):
                        (lambda: 'the same', 'survived')):
         assert faults.damage(path, read, random.Random(0), 20, 4) == {kind: 24}
     counts = faults.damage(path, failing, random.Random(0), 20, 4)
-    assert counts['traceback'] >= 20 and counts['traceback'] + counts['survived'] == 24
+    assert counts['failed'] >= 20 and counts['failed'] + counts['survived'] == 24
     assert path.read_bytes() == before
 
 
