@@ -118,7 +118,7 @@ def test_a_task_file_may_say_otherwise_of_its_imitator():
     targets = [1, 2, 3, 5, 8, 12]
     assert said('task=cheetah_run') == (targets, 0, 6, 0)
     assert said('task=reacher_hard') == (targets, 0, 0, 0)
-    assert said('task=finger_spin') == ([], 1, 6, 0)
+    assert said('task=finger_spin') == ([], 0, 6, 1)
     assert said('task=finger_turn_easy') == (targets, 0, 6, 1)
     assert said('task=walker_walk') == ([], 2, 6, 1)
     assert said('task=walker_walk', 'recipe=liu2017') == ([1, 3, 6, 12], 0, 0, 1)
