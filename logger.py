@@ -14,6 +14,9 @@ import torch
 import utils
 
 KINDS = ('train', 'eval')
+WIDTH = 100  # columns of a line on the console; what does not fit stands in the CSV
+FIRST = ('task_return', 'expert_return', 'random_return', 'episode_reward', 'psnr',
+         'psnr_copy_first', 'agreement', 'rank', 'probe_gross')  # on the console
 
 
 class Progress:
@@ -28,16 +31,17 @@ class Progress:
         Args:
           total: units that make the whole job.
           unit: one of them, in the singular: 'frame', 'episode'.
-          done: units that an earlier run has made; they do not count for the speed.
+          done: units that an earlier run has made; they do not count for the speed, nor does the
+            time until the first unit is made.
           clock: monotonic seconds; tests hand in their own.
           stream: where to write; None is stdout.
         """
-        self.total, self.unit, self.done, self.note = total, unit, done, ''
+        self.total, self.unit, self.done, self.note = total, unit, done, []
         self._clock, self._stream = clock, stream or sys.stdout
         self._rewrites = self._stream.isatty()
         self._line_open = False  # the cursor stands at the end of a line that is to be rewritten
         self._shown, self._shown_at = '', clock()
-        self._samples = deque([(self._shown_at, done)])
+        self._samples = deque()  # (time, units)
 
     def update(self, done: int):
         """Take note that `done` units of the total are made."""
@@ -52,6 +56,8 @@ class Progress:
     @property
     def speed(self) -> float:
         """Units a second over the window; 0 while nothing is known."""
+        if not self._samples:
+            return 0.0
         (start, first), (end, last) = self._samples[0], self._samples[-1]
         return (last - first) / (end - start) if end > start else 0.0
 
@@ -68,13 +74,14 @@ class Progress:
         if self.speed:
             parts += [f'{_short(self.speed)} {self.unit}s/s',
                       f'{timedelta(seconds=round(self.eta))} left']
-        return ' | '.join([*parts, self.note] if self.note else parts)
+        return fit([*parts, *self.note])
 
-    def show(self, done: int, note: str | None = None):
+    def show(self, done: int, note: list[str] | None = None):
         """`update`, and write the line if the one before is old enough.
 
         Args:
-          note: stands behind the figures from now on; None keeps the present one.
+          note: stands behind the figures from now on, as far as it fits; None keeps the present
+            one.
         """
         self.update(done)
         self.note = self.note if note is None else note
@@ -158,11 +165,12 @@ class Logger:
             for key, value in means.items():
                 self._tb.add_scalar(f'{ty}/{key}', value, step)
             self._tb.flush()
-        text = ' | '.join(f'{key} {_short(value)}' for key, value in means.items())
+        keys = sorted(means, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
+        note = [f'{key} {_short(means[key])}' for key in keys]
         if ty == 'train':
-            self.progress.show(step, text)
+            self.progress.show(step, note)
         else:
-            self.progress.say(f'{ty} at {self.progress.unit} {step} | {text}')
+            self.progress.say(fit([f'{ty} at {self.progress.unit} {step}', *note]))
         return means
 
     def close(self):
@@ -204,6 +212,13 @@ class _Csv:
             writer.writeheader()
             writer.writerows(rows)
         self._last_step = int(rows[-1][self._step_name]) if rows else -1
+
+
+def fit(parts: list[str]) -> str:
+    """Join as many parts as a line holds."""
+    while len(parts) > 1 and len(' | '.join(parts)) > WIDTH:
+        parts = parts[:-1]
+    return ' | '.join(parts)
 
 
 def _short(value: float) -> str:

@@ -130,8 +130,11 @@ def test_tensorboard_points_survive_a_resume_without_doubles(tmp_path):
 def test_speed_and_time_left(clock):
     progress = Progress(1000, 'frame', done=200, clock=clock, stream=io.StringIO())
     assert (progress.speed, progress.eta) == (0.0, float('inf'))
+    clock.now += 1000
+    progress.update(200)  # neither does what an earlier run made count, nor the time before
+    assert (progress.speed, progress.eta) == (0.0, float('inf'))
     clock.now += 10
-    progress.update(300)  # what an earlier run made does not count
+    progress.update(300)
     assert progress.speed == pytest.approx(100 / 10)
     assert progress.eta == pytest.approx(700 / 10)
     assert str(progress) == '300/1000 frames | 10 frames/s | 0:01:10 left'
@@ -180,7 +183,7 @@ def test_a_terminal_gets_one_line_that_is_rewritten(clock, monkeypatch):
     progress = Progress(100, 'clip', clock=clock, stream=stream)
     for done in range(1, 51):
         clock.now += 0.125  # two clips a line
-        progress.show(done, 'x' * 50)
+        progress.show(done, ['x' * 50])
     assert '\n' not in stream.getvalue()
     lines = stream.getvalue().split('\r\x1b[K')
     assert [line.split('/')[0] for line in lines] == [str(done) for done in range(2, 51, 2)]
@@ -190,3 +193,15 @@ def test_a_terminal_gets_one_line_that_is_rewritten(clock, monkeypatch):
     screen = stream.getvalue().split('\r\x1b[K')[-1]
     assert screen.splitlines()[0] == 'kept'
     assert screen.splitlines()[1].startswith('50/100 clips | 8 clips/s | 0:00:06 left')
+
+
+def test_a_line_holds_what_matters_first_and_fits(tmp_path):
+    stream = io.StringIO()
+    logger = make_logger(tmp_path, stream=stream)
+    logger.log_metrics({**{f'loss_{i}': i / 10 for i in range(20)}, 'expert_return': 60.0,
+                        'task_return': 30.0}, 5, 'eval')
+    logger.dump(5, 'eval')
+    line = stream.getvalue().rstrip()
+    assert line.startswith('eval at frame 5 | task_return 30 | expert_return 60 | loss_0 0 | ')
+    assert 80 < len(line) <= 100 and not line.endswith('|')
+    assert rows(tmp_path / 'eval.csv')[0]['loss_19'] == '1.9'
