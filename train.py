@@ -121,6 +121,7 @@ class Workspace:
 
         Raises: utils.Interrupted then.
         """
+        utils.keep_config(self.cfg)
         with self.stop:
             try:
                 if self.global_step == 0:

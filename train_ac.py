@@ -3,6 +3,8 @@
 The loop is train.py's `Workspace`; here stands what it is given, all of it from ac_agent.py:
 demonstrations with the translator at work on them, the imitation environment and the `ACAgent`.
 """
+import ctypes
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +99,13 @@ def film_demonstrations(cfg, im_size: int):
                f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}',
                f'num_play={cfg.num_play if cfg.agent.w_clone else 0}', 'num_play_valid=0',
                f'im_size={im_size}', f'seed={cfg.seed}']
-    if code := subprocess.run(command, check=False).returncode:
+    print(f'{cfg.data_dir} lacks videos: {cfg.num_demos} demonstrations and more are filmed there '
+          'first', flush=True)
+
+    def end_with_parent():
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if code := subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode:
         sys.exit(code)
 
 

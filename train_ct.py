@@ -512,6 +512,7 @@ def train(cfg, work_dir: Path, stop: utils.Stop | None = None):
             step, best, elapsed = state['step'], state['best'], state['elapsed']
             scores = state['scores']
             utils.set_rng_states(state['rng'])
+    utils.keep_config(cfg)
     timer = utils.Timer(elapsed)
     logger = Logger(work_dir, num_steps, 'step', step, cfg.use_tb)
     windows = None

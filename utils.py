@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 # ------------------------------------------------------------------------------------------- script
 
@@ -103,6 +104,17 @@ def register_tasks(task_names: Sequence[str], overrides: list[str]):
 def work_dir() -> Path:
     """The run's folder, which Hydra made."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def keep_config(cfg):
+    """Write .hydra/config.yaml and overrides.yaml into the run's folder, as Hydra would, but only
+    once the settings are checked: what is refused changes nothing."""
+    if not HydraConfig.initialized():
+        return
+    overrides = OmegaConf.create(list(HydraConfig.get().overrides.task))
+    for name, values in (('config', cfg), ('overrides', overrides)):
+        with atomic_write(work_dir() / f'.hydra/{name}.yaml') as tmp:
+            OmegaConf.save(values, tmp)
 
 
 def command() -> str:
@@ -445,14 +457,13 @@ def atomic_write(path: str | Path):
 
 @contextlib.contextmanager
 def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
-    """Hold the folder for this process; a new one that stays empty is removed.
+    """Hold the folder for this process; an empty one that stays so is removed.
 
     Args:
       option: the setting with which to choose another folder.
 
     Raises: UserError where another process holds it.
     """
-    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)  # the folder is its own lock: no file is left behind
     try:
@@ -464,9 +475,8 @@ def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
         yield
     finally:
         os.close(lock)
-        if is_new:
-            with contextlib.suppress(OSError):  # it has files
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # it has files
+            folder.rmdir()
 
 
 def sha256(snapshot: str | Path) -> str:

@@ -268,8 +268,9 @@ def test_device():
 ])
 def test_scripts_end_with_one_sentence_and_code_2(tmp_path, overrides, words):
     run = subprocess.run([sys.executable, ROOT / 'train.py', *overrides,
-                          f'hydra.run.dir={tmp_path}'], capture_output=True, text=True, check=False)
-    assert run.returncode == 2
+                          f'hydra.run.dir={tmp_path}/run'], capture_output=True, text=True,
+                         cwd=tmp_path, check=False)
+    assert run.returncode == 2 and not list(tmp_path.iterdir())
     assert 'Traceback' not in run.stderr
     [line] = [line for line in run.stderr.splitlines() if line.startswith('error:')]
     assert all(word in line for word in words)
@@ -281,6 +282,7 @@ def test_two_runs_do_not_share_a_folder(script, tmp_path):
         run = subprocess.run([sys.executable, ROOT / f'{script}.py', f'hydra.run.dir={tmp_path}'],
                              capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 2
+    assert not tmp_path.exists()  # nothing was written, and an empty folder does not stay
     assert f'error: another process is at work in {tmp_path}: wait for it, or set' in run.stderr
 
 
