@@ -8,11 +8,15 @@
 TASK ?= reacher_hard
 BUDGET ?= full
 
-# Tasks that need other numbers of episodes or frames than the rest, with BUDGET=full.
+# Tasks that need other numbers of episodes or frames than the rest, with BUDGET=full. Where there
+# is MORE_PLAY, a first imitator, from random play, plays on until there are so many episodes.
 DEMOS_finger_turn_easy = 1000
 PLAY_finger_turn_easy  = 1000
 DEMOS_walker_walk      = 600
 PLAY_walker_walk       = 3000
+MORE_PLAY_walker_walk  = 5000
+FRAMES_walker_walk     = 20_000
+IMITATOR_walker_walk   = num_pretrain_updates=4000
 PLAY_reacher_hard      = 200
 FRAMES_reacher_hard    = 20_000
 FRAMES_finger_spin     = 20_000
@@ -24,7 +28,8 @@ VIDEOS_full      = num_train=$(or $(DEMOS_$(TASK)),500) num_valid=30 \
     num_play=$(or $(PLAY_$(TASK)),500) \
     $(if $(SHIPPED_TRANSLATOR),num_contexts=2 num_play_valid=0,num_contexts=4 num_play_valid=30)
 TRANSLATOR_full  = num_train_steps=1500 code.num_steps=3000
-IMITATOR_full    = num_train_frames=$(or $(FRAMES_$(TASK)),40_000)
+IMITATOR_full    = num_train_frames=$(or $(FRAMES_$(TASK)),40_000) $(IMITATOR_$(TASK)) \
+    num_play=$(or $(PLAY_$(TASK)),500)
 EXPERT_smoke     = num_train_frames=6_000
 VIDEOS_smoke     = num_train=8 num_valid=4 num_play=8 num_play_valid=4
 TRANSLATOR_smoke = num_train_steps=20 code.num_steps=20
@@ -77,6 +82,8 @@ RUN = demo_$(TASK)_$(BUDGET)
 SHIPPED_EXPERT = $(wildcard experts/$(TASK).pt)
 SHIPPED_TRANSLATOR = $(wildcard ct/$(TASK).pt)
 EXPERT = $(or $(SHIPPED_EXPERT),exp_local/$(RUN)/snapshot.pt)
+MORE_PLAY = $(and $(MORE_PLAY_$(TASK)),$(filter full,$(BUDGET)),num_play=$(MORE_PLAY_$(TASK)))
+AC = $(PY) train_ac.py task=$(TASK) snapshot=$(TRANSLATOR) data_dir=videos/$(RUN)
 TRANSLATOR = $(or $(SHIPPED_TRANSLATOR),ct_local/$(RUN)/best.pt)
 
 demo: .venv
@@ -87,5 +94,9 @@ demo: .venv
 	$(if $(SHIPPED_TRANSLATOR),@echo 'translator: $(TRANSLATOR) is shipped',\
 	    $(PY) train_ct.py task=$(TASK) data_dir=videos/$(RUN) hydra.run.dir=ct_local/$(RUN) \
 	    $(TRANSLATOR_$(BUDGET)))
-	$(PY) train_ac.py task=$(TASK) snapshot=$(TRANSLATOR) data_dir=videos/$(RUN) \
-	    hydra.run.dir=ac_local/$(RUN) $(IMITATOR_$(BUDGET))
+	$(if $(MORE_PLAY),\
+	    $(AC) hydra.run.dir=ac_local/$(RUN)_first $(IMITATOR_full) && \
+	    $(PY) generate_expert_video.py task=$(TASK) snapshot=$(EXPERT) out_dir=videos/$(RUN) \
+	        $(VIDEOS_full) $(MORE_PLAY) translator=$(TRANSLATOR) \
+	        player=ac_local/$(RUN)_first/snapshot.pt)
+	$(AC) hydra.run.dir=ac_local/$(RUN) $(IMITATOR_$(BUDGET)) $(MORE_PLAY)
