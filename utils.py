@@ -51,6 +51,7 @@ def main(config_name: str, task_names: Sequence[str]):
 
         def run():
             with exit_on_user_error():
+                sys.argv[1:] = with_own_options(sys.argv[1:])
                 register_tasks(task_names, sys.argv[1:])
             here = str(Path(__file__).parent / 'cfgs')
             hydra.main(version_base='1.3', config_path=here, config_name=config_name)(guarded)()
@@ -78,6 +79,15 @@ def exit_on_user_error():
         if error.launcher:
             error.launcher(error.signal, None)
         sys.exit(128 + error.signal)
+
+
+def with_own_options(arguments: list[str]) -> list[str]:
+    """`hydra.run.dir=RUN` alone stands for the options that RUN was started with."""
+    key, _, folder = arguments[0].partition('=') if len(arguments) == 1 else ('', '', '')
+    path = Path(folder) / '.hydra/overrides.yaml'
+    if key != 'hydra.run.dir' or not path.exists():
+        return arguments
+    return [*arguments, *OmegaConf.load(path)]
 
 
 def register_tasks(task_names: Sequence[str], overrides: list[str]):

@@ -107,6 +107,16 @@ def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
         {}['agent_args']
 
 
+def test_a_runs_folder_alone_stands_for_its_options(tmp_path):
+    folder = f'hydra.run.dir={tmp_path}'
+    assert utils.with_own_options([folder]) == [folder]  # a new run
+    (tmp_path / '.hydra').mkdir()
+    (tmp_path / '.hydra/overrides.yaml').write_text('- task=finger_spin\n- lookahead=[1,2]\n')
+    assert utils.with_own_options([folder]) == [folder, 'task=finger_spin', 'lookahead=[1,2]']
+    for others in ([folder, 'seed=2'], ['task=reacher_hard'], []):
+        assert utils.with_own_options(others) == others
+
+
 def test_what_differs_is_named_with_both_values():
     before = {'seed': 1, 'sha256': 'a' * 64, 'scenery': {'camera': {'zoom': [1, 2]}}, 'same': 0}
     now = {'seed': 2, 'sha256': 'b' * 64, 'scenery': {'camera': {'zoom': [1, 3]}}, 'same': 0}
