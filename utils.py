@@ -467,13 +467,15 @@ def atomic_write(path: str | Path):
 
 @contextlib.contextmanager
 def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
-    """Hold the folder for this process; an empty one that stays so is removed.
+    """Hold the folder for this process; a new one that stays empty is removed.
 
     Args:
       option: the setting with which to choose another folder.
 
     Raises: UserError where another process holds it.
     """
+    # Hydra has made the run's just now.
+    is_new = not folder.exists() or option == 'hydra.run.dir' and not any(folder.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)  # the folder is its own lock: no file is left behind
     try:
@@ -485,8 +487,9 @@ def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
         yield
     finally:
         os.close(lock)
-        with contextlib.suppress(OSError):  # it has files
-            folder.rmdir()
+        if is_new:
+            with contextlib.suppress(OSError):  # it has files
+                folder.rmdir()
 
 
 def sha256(snapshot: str | Path) -> str:

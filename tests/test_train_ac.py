@@ -312,7 +312,7 @@ def refused(cfg, tmp_path, words):
 def no_filming(monkeypatch):
     """-> commands that were to be run; each fails with 3."""
     commands = []
-    def run(command, check):
+    def run(command, check, preexec_fn):
         commands.append(command)
         return SimpleNamespace(returncode=3)
     monkeypatch.setattr(subprocess, 'run', run)
