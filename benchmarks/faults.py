@@ -54,13 +54,13 @@ def commands(folder: Path) -> dict[str, list[str]]:
     """The four scripts, each with inputs that the ones before it left in `folder`."""
     videos, expert = folder / 'videos', folder / 'train/snapshot.pt'
     return {
-        'train': ['train.py', *RUN, 'obs=states', 'num_train_frames=5000', 'num_seed_frames=1000'],
+        'train': ['train.py', *RUN, 'obs=states', 'num_train_frames=8000', 'num_seed_frames=1000'],
         'generate_expert_video': [
-            'generate_expert_video.py', f'task={TASK}', f'snapshot={expert}', 'num_train=8',
-            'num_valid=4', 'num_play=8', 'num_play_valid=4', 'num_contexts=2', 'episode_len=20',
+            'generate_expert_video.py', f'task={TASK}', f'snapshot={expert}', 'num_train=30',
+            'num_valid=4', 'num_play=30', 'num_play_valid=4', 'num_contexts=2', 'episode_len=20',
             'im_size=32', 'num_workers=2'],
-        'train_ct': ['train_ct.py', *SMALL, f'data_dir={videos}', 'num_train_steps=60',
-                     'code.num_steps=60', 'snapshot_every=20', 'eval_every=30', 'batch_size=2',
+        'train_ct': ['train_ct.py', *SMALL, f'data_dir={videos}', 'num_train_steps=200',
+                     'code.num_steps=200', 'snapshot_every=40', 'eval_every=100', 'batch_size=2',
                      'model.channels=[8,8,8,8]', 'model.hidden=32', 'model.z_dim=16',
                      'model.code_dim=4', 'code.batch_size=8'],
         'train_ac': ['train_ac.py', *RUN, f'data_dir={videos}', 'num_train_frames=4000',
@@ -243,17 +243,25 @@ def progress(folder: Path) -> int:
     return made.get('global_step', made.get('step'))
 
 
+def traces(folder: Path) -> set:
+    """What shows that a run is at work: rows that it logs, episodes that it films."""
+    return {(path, path.stat().st_mtime_ns) for pattern in ('*.csv', 'episode_*.json')
+            for path in folder.rglob(pattern)}
+
+
 def disturbed(command: list[str], whole: bytes, seconds: float, folder: Path, rng: random.Random,
               number: int) -> Counter:
-    """Signal a run at three random moments after its first sign of life, resuming it each time; the
-    last start runs through."""
+    """Signal a run at three random moments of its work, resuming it each time; the last start runs
+    through."""
     counts, hits, steps = Counter(), 0, 0
     for _ in range(3):
+        before = traces(folder)
         process = start(command, folder)
-        sign = process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.5) * seconds)
+        while process.poll() is None and traces(folder) == before:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.15) * seconds)
         process.send_signal(number)
-        output = sign + finish(process, 30)
+        output = finish(process, 30)
         if process.returncode == 0 and 'to resume' not in output:
             break  # it was at its end
         code = -number if number == signal.SIGKILL else 128 + number
