@@ -153,6 +153,8 @@ class Workspace:
 
                 # sample an action
                 action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
+                if not np.isfinite(action).all():
+                    raise utils.diverged(self.snapshot_path)
 
                 # update the agent
                 update = None

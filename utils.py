@@ -541,15 +541,19 @@ def save_snapshot(path: str | Path, kind: str, task: str, payload: dict):
     """
     path = Path(path)
     if not _all_finite([payload.get('agent'), payload.get('model')]):
-        last = newest_snapshot(path)
-        raise UserError(f'weights became nan or infinite, so they were not saved to {path}'
-                        f"{f' ({last} is from before)' if last else ''}: start a new run with a "
-                        'lower learning rate.')
+        raise diverged(path)
     with atomic_write(path) as tmp:
         torch.save({'format': FORMAT, 'kind': kind, 'task': task, 'versions': versions(),
                     'command': command(), 'machine': machine(), **payload}, tmp)
         if path.exists():
             os.replace(path, previous(path))
+
+
+def diverged(path: str | Path) -> UserError:
+    last = newest_snapshot(path)
+    return UserError(f'weights became nan or infinite, so they were not saved to {path}'
+                     f"{f' ({last} is from before)' if last else ''}: start a new run with a "
+                     'lower learning rate.')
 
 
 def _all_finite(values) -> bool:

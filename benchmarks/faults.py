@@ -369,6 +369,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--seed', type=int, default=0)
     rng = random.Random(parser.parse_args().seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     total = Counter()
     print(f"| fault | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     with tempfile.TemporaryDirectory() as folder:

@@ -679,11 +679,11 @@ def test_what_acts_and_what_labels_are_running_means(demo_features):
 def test_it_clones_without_targets(demo_features):
     """Then the actor learns to do what is done on average, and observations hold no targets."""
     agent = make_cloner(demo_features, Play(*roll_out(at_random, 50, seed=1)), lookahead=[])
-    before = float(agent.clone_loss(256))
+    before = float(agent.clone_loss(256).detach())
     for _ in range(200):
         agent.update_inverse(None, 64)
         agent.update_clone(64)
-    assert float(agent.clone_loss(256)) < before
+    assert float(agent.clone_loss(256).detach()) < before
     assert agent.act(np.ones(2 * 2 + 1, np.float32), 0, eval_mode=True).shape == (2,)
 
 

@@ -152,6 +152,17 @@ def test_an_interrupted_run_ends_after_the_step_with_a_snapshot(tmp_path, number
         '0', '100', '200', '300', '400']
 
 
+def test_actions_that_are_not_finite_end_the_run_in_a_sentence(tmp_path):
+    """They reach the physics before their weights reach a snapshot."""
+    workspace = make(tmp_path, False)
+    act = workspace.agent.act
+    workspace.agent.act = lambda obs, step, eval_mode: act(obs, step, eval_mode) * (
+        np.nan if step == 130 else 1)
+    with pytest.raises(UserError, match='nan or infinite.*snapshot.pt is from before'):
+        workspace.train()
+    assert make(tmp_path, False).global_step == 120
+
+
 def test_a_run_interrupted_while_it_evaluates_makes_up_for_it(tmp_path):
     workspace = make(tmp_path, False)
     workspace.eval_env = InterruptedEnv(45)  # ten steps an episode, two episodes an evaluation
