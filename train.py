@@ -152,9 +152,7 @@ class Workspace:
                 self.stop.raise_if_asked()  # the broken-off episode is dropped
 
                 # sample an action
-                action = self.agent.act(time_step.observation, self.global_step, eval_mode=False)
-                if not np.isfinite(action).all():
-                    raise utils.diverged(self.snapshot_path)
+                action = self.act(time_step.observation, eval_mode=False)
 
                 # update the agent
                 update = None
@@ -184,6 +182,13 @@ class Workspace:
                         self.save_snapshot()
                     time_step = self.start_episode()
 
+    def act(self, obs: np.ndarray, eval_mode: bool) -> np.ndarray:
+        """Raises: UserError where the agent's action, (action_dim,), is not finite."""
+        action = self.agent.act(obs, self.global_step, eval_mode)
+        if not np.isfinite(action).all():
+            raise utils.diverged(self.snapshot_path)
+        return action
+
     def start_episode(self):
         self.episode_reward, self.episode_step = 0.0, 0
         self.timer.reset()
@@ -208,7 +213,7 @@ class Workspace:
         yield time_step
         while not time_step.last():
             self.stop.raise_if_asked()
-            action = self.agent.act(time_step.observation, self.global_step, eval_mode=True)
+            action = self.act(time_step.observation, eval_mode=True)
             time_step = self.eval_env.step(action)
             yield time_step
 

@@ -152,12 +152,13 @@ def test_an_interrupted_run_ends_after_the_step_with_a_snapshot(tmp_path, number
         '0', '100', '200', '300', '400']
 
 
-def test_actions_that_are_not_finite_end_the_run_in_a_sentence(tmp_path):
+@pytest.mark.parametrize('at, evaluating', [(130, False), (150, True)])
+def test_actions_that_are_not_finite_end_the_run_in_a_sentence(tmp_path, at, evaluating):
     """They reach the physics before their weights reach a snapshot."""
     workspace = make(tmp_path, False)
     act = workspace.agent.act
     workspace.agent.act = lambda obs, step, eval_mode: act(obs, step, eval_mode) * (
-        np.nan if step == 130 else 1)
+        np.nan if (step, eval_mode) == (at, evaluating) else 1)
     with pytest.raises(UserError, match='nan or infinite.*snapshot.pt is from before'):
         workspace.train()
     assert make(tmp_path, False).global_step == 120
