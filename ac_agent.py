@@ -93,7 +93,7 @@ class Reward(NamedTuple):
 
     With `scale` s it is (t/T)^time_power * exp(-d / s), in [0, 1]: beyond a few s it is about 0
     (Peng et al. 2018, section 5). Without one it is -(t/T)^time_power * d (Liu et al. 2017, section
-    V, where time_power is 2). An agent without targets has another one, a discriminator's: see
+    V, where time_power is 2). Without targets the reward is a discriminator's: see
     `ACAgent`.
     """
 
@@ -102,8 +102,8 @@ class Reward(NamedTuple):
     w_feature: float = 1.0
 
     def distance(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(..., D), twice -> (...,), w_feature times a mean over elements: in units of their
-        variance."""
+        """Return w_feature times the mean squared difference of features and targets (..., D), in
+        units of their variance: (...,)."""
         return self.w_feature * (features - targets).square().mean(-1)
 
     def __call__(self, distance: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -238,8 +238,8 @@ class Imitation(dmc.Wrapper):
     contexts are translated into it, given the agent's first image. `start_seed` is the seed of the
     task's own reset.
 
-    Observation: see `Layout`. Reward: see `Reward`; with `w_img`, that times the squared distance
-      of images, in units of their variance as well, is added to that of features.
+    Observation: see `Layout`. Reward: see `Reward`; w_img times the mean squared difference of
+      images, in units of their variance, is added to the distance of features.
     Horizon: the episode ends with the demonstration, at step T, with discount 0: there is no value
       to bootstrap from. The observation contains the time left, since the value depends on it
       (Pardo et al. 2018).

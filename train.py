@@ -117,9 +117,9 @@ class Workspace:
         return self.global_step * self.cfg.action_repeat
 
     def train(self):
-        """The whole run. On Ctrl-C and SIGTERM it ends after the step at work, with a snapshot.
+        """Run to the end, or on Ctrl-C and SIGTERM to the end of the current step, with a snapshot.
 
-        Raises: utils.Interrupted then.
+        Raises: utils.Interrupted in the second case.
         """
         utils.keep_config(self.cfg)
         with self.stop:

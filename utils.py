@@ -182,8 +182,8 @@ STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # Ctrl-C, kill, sb
 
 
 class Interrupted(KeyboardInterrupt):
-    """A request to stop: its signal's number, and how a cluster's launcher answers it, if it
-    does."""
+    """A request to stop: `signal` is its number, `launcher` a cluster launcher's own handler of it,
+    or None."""
 
     def __init__(self, number: int, launcher: Callable | None = None):
         super().__init__()
@@ -417,7 +417,7 @@ def reserve(path: Path):
         try:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in FULL:  # else this file system cannot: the file stays sparse
                 raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -550,6 +550,7 @@ def save_snapshot(path: str | Path, kind: str, task: str, payload: dict):
 
 
 def diverged(path: str | Path) -> UserError:
+    """Return the error for a run whose weights are not finite; `path` is its snapshot's."""
     last = newest_snapshot(path)
     return UserError(f'weights became nan or infinite, so they were not saved to {path}'
                      f"{f' ({last} is from before)' if last else ''}: start a new run with a "
