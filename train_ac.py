@@ -200,7 +200,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     agent_args = dict(OmegaConf.to_container(agent, resolve=True),
                       obs_shape=list(train_env.observation_spec().shape),
                       action_dim=train_env.action_spec().shape[0],
-                      feature_dim_of_frame=model.feature_dim)
+                      feature_dim_of_frame=demos.feature_dim)
 
     def make_agent(**args) -> ACAgent:  # called once all else is checked: it encodes the videos
         if cfg.agent.w_clone:

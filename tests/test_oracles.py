@@ -1,0 +1,66 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fakes import FakeDemos, FakeEnv
+from oracles import PoseBesideFrame, PoseDemonstrations, RewardedAgent, RewardedImitation
+
+from ac_agent import Layout, Play, Reward
+
+LAYOUT = Layout(2, 1, (1,), 0, 2)
+
+
+def test_the_reward_is_the_task_s():
+    env, plain = RewardedImitation(FakeEnv(), FakeDemos(), LAYOUT, Reward(), 8), FakeEnv()
+    start = env.reset(episode_seed=3)
+    assert start.first() and start.reward is None
+    plain.reset(episode_seed=env.start_seed)
+    action = np.array([0.5, -0.5], np.float32)
+    for _ in range(4):
+        time_step = env.step(action)
+        assert time_step.reward == plain.step(action).reward
+    assert time_step.last() and env.step(action).first()
+
+
+def test_without_targets_the_critic_learns_from_what_is_replayed():
+    agent = RewardedAgent([3], 2, 2, 1, [], w_critic=1.0, w_clone=1.0, hidden_dim=8,
+                          feature_dim=None, demos=torch.zeros(1, 5, 2),
+                          play=Play(torch.zeros(1, 5, 2), torch.zeros(1, 4, 2)))
+    batch = torch.zeros(4, 3), torch.zeros(4, 2), torch.full((4, 1), 7.0), torch.ones(4, 1)
+    replay = SimpleNamespace(sample=lambda batch_size, ahead: (*batch, batch[0]))
+    assert (agent.draw(replay, 4)[2] == 7).all()
+
+
+class FakeClips:
+    """Three poses of an arm on a cart that has travelled; frames are black."""
+
+    meta = {'joints': ['travel', 'slide', 'hinge']}
+    poses = [[9.0, 1.0, 0.0], [5.0, 2.0, np.pi / 2], [7.0, 6.0, np.pi]]
+
+    def __len__(self):
+        return 1
+
+    def episode(self, i):
+        return {'qpos': self.poses}
+
+
+@pytest.fixture
+def demos():
+    model = SimpleNamespace(feature_dim=9, code=True, parameters=lambda: iter([torch.zeros(1)]))
+    return PoseDemonstrations(model, FakeClips())
+
+
+def test_features_are_the_pose_without_travel(demos):
+    features = demos.features()
+    assert demos.feature_dim == 3 and features.shape == (1, 3, 3)  # sine, cosine, length
+    torch.testing.assert_close(features.mean(1), torch.zeros(1, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(features.std(1, correction=0), torch.ones(1, 3), atol=1e-4, rtol=0)
+    assert features[0, 1, 0] == features[0].amax(0)[0]  # the sine of a right angle
+
+
+def test_a_rendered_frame_is_encoded_as_its_pose(demos):
+    env = SimpleNamespace(render=lambda im_size: np.zeros((im_size, im_size, 3), np.uint8),
+                          qpos=lambda: np.array(FakeClips.poses[2]))
+    frame = PoseBesideFrame(env, demos).render(8)
+    torch.testing.assert_close(demos.encode(frame), demos.features()[0, 2])
