@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import mujoco
 import numpy as np
 
+import utils
 from utils import UserError
 
 Kind = Literal['seen', 'held_out']
@@ -38,8 +39,6 @@ FACTORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     'distractors': (('hue', 'count', 'first corner', *MAX_DISTRACTORS * DISTRACTOR),
                     ('count', 'size', 'saturation', 'value')),
 }
-LIMITS = {'saturation': (0, 1), 'value': (0, 1), 'contrast': (0, 1), 'tint': (0, 1),
-          'count': (0, MAX_DISTRACTORS)}
 _ENDS = np.cumsum([len(slots) for slots, _ in FACTORS.values()]).tolist()
 SLOTS = {name: slice(end - len(FACTORS[name][0]), end)
          for name, end in zip(FACTORS, _ENDS, strict=True)}
@@ -78,19 +77,13 @@ class Scenery:
                     raise UserError(f'scenery.{name}.{key} is unknown: take one of enabled, '
                                     f'{", ".join(FACTORS[name][1])}.')
         self.names = [name for name in FACTORS if name in config and config[name].get('enabled')]
-        self.ranges = {(name, key): self._range(name, key, config[name].get(key))
-                       for name in self.names for key in FACTORS[name][1]}
+        ranges = {name: {key: config[name].get(key) for key in FACTORS[name][1]}
+                  for name in self.names}
+        utils.check_settings({'scenery': ranges}, 'generate_expert_video')
+        self.ranges = {(name, key): tuple(span) for name, spans in ranges.items()
+                       for key, span in spans.items()}
         if not self.names:
             raise UserError('every factor of scenery is off: set scenery.body.enabled=true.')
-
-    @staticmethod
-    def _range(name: str, key: str, span) -> tuple[float, float]:
-        least, most = LIMITS.get(key, (-np.inf, np.inf))
-        numbers = isinstance(span, Sequence) and [isinstance(x, int | float) for x in span]
-        if numbers != [True, True] or not least <= span[0] <= span[1] <= most:
-            raise UserError(f'scenery.{name}.{key}={span} is no range within [{least}, {most}]:'
-                            f' set scenery.{name}.{key}=[low,high].')
-        return tuple(span)
 
     def kind_of(self, context: np.ndarray) -> Kind:
         """Return 'seen' or 'held_out': a function of a context's values and of the switches alone.

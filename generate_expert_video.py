@@ -48,6 +48,12 @@ SPLITS = {'train': Split('seen', 'expert'), 'valid': Split('held_out', 'expert')
 NUM_PREVIEWS = 3  # episodes of each split
 
 
+def check_settings(cfg):
+    """Raises: UserError for settings with which nothing can be filmed."""
+    utils.check_settings(cfg, 'generate_expert_video')
+    contexts.Scenery(cfg.scenery)
+
+
 @dataclass(frozen=True)
 class Order:
     """A split as it is asked for."""
@@ -265,11 +271,7 @@ def generate(cfg):
 
     Raises: UserError for bad settings, before anything is written.
     """
-    utils.require_at_least(cfg, 0, 'seed', 'num_play', 'num_play_valid')
-    utils.require_at_least(cfg, 1, 'num_train', 'num_valid', 'num_contexts', 'im_size')
-    utils.require_at_least(cfg, 2, 'episode_len')
-    if cfg.num_workers is not None:
-        utils.require_at_least(cfg, 1, 'num_workers')
+    check_settings(cfg)
     _, env_args = load_expert(cfg.snapshot, cfg.task_name)
     # What would fail in every worker fails here: a wrong scenery, or episodes that are too short.
     env = dmc.make(cfg.task_name, scenery=contexts.Scenery(cfg.scenery),
@@ -347,7 +349,7 @@ def film_all(cfg, jobs: list[tuple[str, int]], total: int):
         progress.close()
 
 
-@utils.main('generate_expert_video', dmc.task_names())
+@utils.main('generate_expert_video', dmc.task_names(), check_settings)
 def main(cfg):
     generate(cfg)
     for split, kind in SPLITS.items():

@@ -23,23 +23,13 @@ DEAD_AFTER = 0.25  # of the frames, when a run that has learnt nothing is worth 
 LONGEST_EPISODE = dmc.MAX_EPISODE_STEPS + 1  # rows in the ring
 
 
-def check_settings(cfg):
-    """Raises: UserError for numbers with which there is no run."""
-    utils.require_at_least(cfg, 0, 'seed')
-    utils.require_at_least(cfg, 1, 'num_train_frames', 'batch_size', 'nstep', 'num_eval_episodes',
-                           'snapshot_every_frames')
-    utils.require_at_least(cfg, 2, 'replay_buffer_size')  # one transition
-
-
-def check_action_repeat(cfg):
-    """Check action_repeat. Separate, because the imitator learns its own from the videos.
-
-    Raises: UserError where it is below 1, or num_train_frames is less than one step.
-    """
-    utils.require_at_least(cfg, 1, 'action_repeat')
-    if cfg.num_train_frames < cfg.action_repeat:
+def check_settings(cfg, script: str = 'train'):
+    """Raises: UserError for settings with which there is no run."""
+    utils.check_settings(cfg, script)
+    if cfg.num_train_frames < (cfg.action_repeat or 1):  # an imitator's is not known at first
         raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
-                        f'{cfg.action_repeat} frames: set it higher.')
+                        f'{cfg.action_repeat} frames: set num_train_frames={cfg.action_repeat} or '
+                        'more.')
 
 
 class Inline(Executor):
@@ -295,8 +285,6 @@ def env_args(cfg) -> dict:
 
 def make_workspace(cfg, work_dir: Path) -> Workspace:
     check_settings(cfg)
-    check_action_repeat(cfg)
-    utils.require_at_least(cfg, 1, 'frame_stack')
     train_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     eval_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     if cfg.obs == 'pixels' or cfg.save_video:
@@ -309,7 +297,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                      utils.load_last(work_dir, 'expert', cfg.task_name))
 
 
-@utils.main('train', dmc.task_names())
+@utils.main('train', dmc.task_names(), check_settings)
 def main(cfg):
     with utils.only_one_at_work(utils.work_dir()):
         workspace = make_workspace(cfg, utils.work_dir())

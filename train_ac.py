@@ -23,7 +23,7 @@ from ac_agent import (
     load_translator,
     make_env,
 )
-from train import Workspace, check_action_repeat, check_settings
+from train import Workspace, check_settings
 from utils import UserError
 
 # Scores of a translator with which imitation has worked, and 1 where more is better, -1 where less.
@@ -33,48 +33,33 @@ WORKED = {'agreement': (0.01, -1), 'agreement_play': (0.015, -1), 'rank': (0.3, 
 
 def check_all_settings(cfg):
     """Raises: UserError for settings with which there is no run."""
-    check_settings(cfg)
-    agent = cfg.agent
-    utils.require_at_least(cfg, 1, 'num_demos', 'num_eval_demos')
-    utils.require_at_least(agent, 1, 'num_frames')
-    utils.require_at_least(agent, 0, 'num_actions', 'max_shift', 'num_pretrain_updates')
-    utils.require_at_least(cfg, 1 if agent.w_clone else 0, 'num_play')
-    for one, other, weights in (('w_feature', 'w_img', (agent.w_feature, cfg.w_img)),
-                                ('w_critic', 'w_clone', (agent.w_critic, agent.w_clone))):
-        if min(weights) < 0 or not any(weights):
-            raise UserError(f'{one} and {other} must not be negative, nor both 0: set {one}=1.')
-    if agent.w_clone and cfg.recipe == 'liu2017':
-        raise UserError(f'w_clone={agent.w_clone} takes a pose code, which recipe=liu2017 has not: '
-                        'set w_clone=0.')
-    utils.schedule(agent.stddev_schedule, 0)
-    if not isinstance(agent.lr, (int, float)) or agent.lr <= 0:
-        raise UserError(f'lr={agent.lr} must be a number above 0: set lr=1e-3.')
-    if agent.reward_scale is not None and not agent.reward_scale > 0:
-        raise UserError(f'reward_scale={agent.reward_scale} must be above 0, or null for a reward '
-                        'that does not saturate: set reward_scale=0.1.')
-    if min(agent.relabel, agent.hindsight) < 0 or agent.relabel + agent.hindsight > 1:
-        raise UserError(f'relabel={agent.relabel} and hindsight={agent.hindsight} are shares of '
-                        'one batch: set them to 0 or more, and no more than 1 together.')
-    if any(step < 1 for step in agent.lookahead):
-        raise UserError(f'lookahead={list(agent.lookahead)} is no list of steps ahead: set '
-                        'lookahead=[1,3,6,12].')
-    if not agent.w_critic:
-        return
-    if not agent.lookahead:
-        if cfg.recipe == 'liu2017' or not agent.w_clone:
-            raise UserError('lookahead=[] leaves the critic nothing to track, and a discriminator '
-                            'in its place takes cloning: set lookahead=[1,3,6,12].')
-        if cfg.nstep != 1 or cfg.w_img:
-            raise UserError('without targets (lookahead=[]) the critic takes nstep=1 w_img=0: set '
-                            'these.')
-    elif agent.relabel + agent.hindsight:
-        if cfg.nstep != 1:
-            raise UserError(f'nstep={cfg.nstep} goes with the targets that were there: set '
-                            'nstep=1, or relabel=0 hindsight=0.')
-        if cfg.w_img or agent.lookahead[0] != 1:
-            raise UserError(f'relabel={agent.relabel} and hindsight={agent.hindsight} work out '
-                            'rewards from observations, which takes w_img=0 and 1 as the first '
-                            'lookahead: set relabel=0 hindsight=0.')
+    check_settings(cfg, 'train_ac')
+    agent, is_paper = cfg.agent, cfg.recipe == 'liu2017'
+    tracks, discriminates = (agent.w_critic and agent.lookahead,
+                             agent.w_critic and not agent.lookahead)
+    relabels = tracks and agent.relabel + agent.hindsight
+    for wrong, sentence in (
+            (agent.w_feature == cfg.w_img == 0, 'w_feature and w_img are both 0: set w_feature=1.'),
+            (agent.w_critic == agent.w_clone == 0, 'w_critic and w_clone are both 0: set '
+             'w_critic=1.'),
+            (agent.w_clone and is_paper, f'w_clone={agent.w_clone} takes a pose code, which '
+             'recipe=liu2017 has not: set w_clone=0.'),
+            (agent.w_clone and not cfg.num_play, 'num_play=0 leaves cloning no play to learn '
+             'actions from: set num_play=1 or more.'),
+            (agent.relabel + agent.hindsight > 1, f'relabel={agent.relabel} and hindsight='
+             f'{agent.hindsight} are shares of one batch: set them to no more than 1 together.'),
+            (discriminates and (is_paper or not agent.w_clone), 'lookahead=[] leaves the critic '
+             'nothing to track, and a discriminator in its place takes cloning: set '
+             'lookahead=[1,3,6,12].'),
+            (discriminates and (cfg.nstep != 1 or cfg.w_img), 'without targets (lookahead=[]) the '
+             'critic takes nstep=1 w_img=0: set these.'),
+            (relabels and cfg.nstep != 1, f'nstep={cfg.nstep} goes with the targets that were '
+             'there: set nstep=1, or relabel=0 hindsight=0.'),
+            (relabels and (cfg.w_img or agent.lookahead[0] != 1), f'relabel={agent.relabel} and '
+             f'hindsight={agent.hindsight} work out rewards from observations, which takes w_img=0 '
+             'and 1 as the first lookahead: set relabel=0 hindsight=0.')):
+        if wrong:
+            raise UserError(sentence)
 
 
 def adopt_action_repeat(cfg, source: str | Path, action_repeat: int):
@@ -86,7 +71,7 @@ def adopt_action_repeat(cfg, source: str | Path, action_repeat: int):
         raise UserError(f'the expert behind {source} repeats its actions {action_repeat} times, '
                         f'not {cfg.action_repeat}: leave action_repeat out.')
     cfg.action_repeat = action_repeat
-    check_action_repeat(cfg)
+    check_all_settings(cfg)
 
 
 def film_demonstrations(cfg, im_size: int):
@@ -214,7 +199,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                      made_by, last, overlap=utils.pick_device(cfg.device).type == 'cpu')
 
 
-@utils.main('train_ac', dmc.task_names())
+@utils.main('train_ac', dmc.task_names(), check_all_settings)
 def main(cfg):
     with utils.only_one_at_work(utils.work_dir()):
         workspace = make_workspace(cfg, utils.work_dir())

@@ -23,6 +23,15 @@ from logger import Logger
 from utils import UserError
 
 
+def check_settings(cfg):
+    """Raises: UserError for settings with which there is no run."""
+    utils.check_settings(cfg, 'train_ct')
+    for name, weights, others in (('weights', cfg.weights, 'foreground'),
+                                  ('code.weights', cfg.code.weights, 'noise')):
+        if not any(weight for loss, weight in weights.items() if loss != others):
+            raise UserError(f'{name} are all 0: set {name}.trans=1.')
+
+
 class PairSampler:
     """Draws source and target clips from a dataset; all its randomness is in `rng`."""
 
@@ -31,9 +40,6 @@ class PairSampler:
         """Raises: UserError where the dataset cannot give such pairs."""
         num_contexts, num_frames = clips.meta['num_contexts'], clips.meta['episode_len'] + 1
         command = f"python generate_expert_video.py task={clips.meta['task']}"
-        if pairs not in ('same_episode', 'random'):
-            raise UserError(f'pairs={pairs} is neither same_episode nor random: '
-                            'set pairs=same_episode.')
         if pairs == 'same_episode' and num_contexts < 2:
             raise UserError(f'{clips.root} shows each episode in one context, and '
                             f'pairs=same_episode takes two: remove it and {command} '
@@ -394,36 +400,6 @@ def update(loss: torch.Tensor, module: nn.Module, optimizer, lr: float, max_grad
     optimizer.step()
 
 
-def check_settings(cfg):
-    """Raises: UserError for numbers with which there is no run."""
-    utils.require_at_least(cfg, 0, 'seed')
-    utils.require_at_least(cfg, 1, 'num_train_steps', 'batch_size', 'frames_per_clip', 'log_every',
-                           'eval_every', 'snapshot_every', 'num_eval_clips')
-    utils.schedule(cfg.lr, 0)
-    weights = cfg.weights
-    for name, share in (('weights.foreground', weights.foreground), ('play_share', cfg.play_share)):
-        if not 0 <= share <= 1:
-            raise UserError(f'{name}={share} must lie in [0, 1]: set {name}=0.5.')
-    losses = [weights[name] for name in ('trans', 'rec', 'align')]
-    if min(losses) < 0 or not any(losses):
-        raise UserError('weights of trans, rec and align must be positive, or 0 to leave one out, '
-                        'but not all 0: set weights.trans=1.')
-    if cfg.model.code_dim is None:
-        return
-    code = cfg.code
-    for key, value, minimum in (
-            ('model.code_dim', cfg.model.code_dim, 1), ('code.num_steps', code.num_steps, 1),
-            ('code.batch_size', code.batch_size, 2), ('code.window', code.window,
-                                                      Dynamics.HISTORY + 1)):
-        utils.require_at_least({key: value}, minimum, key)
-    utils.schedule(code.lr, 0)
-    weights = dict(code.weights)
-    if min(weights.values()) < 0 or not any(
-            value for name, value in weights.items() if name != 'noise'):
-        raise UserError('code.weights must be positive, or 0 to leave one out, but not all 0: set '
-                        'code.weights.trans=1.')
-
-
 def open_splits(cfg) -> dict[str, video.Clips]:
     """The dataset's splits, those of play where any of it is asked for.
 
@@ -597,7 +573,7 @@ def measure_code(model: ContextTranslator, splits: dict[str, video.Clips], autoc
     return scores
 
 
-@utils.main('train_ct', dmc.task_names())
+@utils.main('train_ct', dmc.task_names(), check_settings)
 def main(cfg):
     work_dir = utils.work_dir()
     with utils.only_one_at_work(work_dir), utils.Stop() as stop:

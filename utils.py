@@ -1,4 +1,4 @@
-"""What every script shares: errors, seeding, schedules, timing, snapshots."""
+"""What every script shares: errors, settings, seeding, schedules, timing, snapshots."""
 import contextlib
 import ctypes
 import difflib
@@ -7,6 +7,9 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import itertools
+import json
+import math
 import os
 import random
 import re
@@ -14,18 +17,26 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CFGS = Path(__file__).parent / 'cfgs'
 
 # ------------------------------------------------------------------------------------------- script
 
@@ -37,11 +48,12 @@ class Damaged(UserError):
     """A file that is not as it was written."""
 
 
-def main(config_name: str, task_names: Sequence[str]):
+def main(config_name: str, task_names: Sequence[str], check: Callable):
     """`hydra.main` for the scripts: any of these tasks by name, and errors in one sentence.
 
-    A `UserError` is printed without a traceback and ends the script with exit code 2. Ctrl-C and
-    SIGTERM end it with exit codes 130 and 143, and the command to resume is printed.
+    `check` is called with the settings of each run before Hydra makes a folder. A `UserError` is
+    printed without a traceback and ends the script with exit code 2. Ctrl-C and SIGTERM end it with
+    exit codes 130 and 143, and the command to resume is printed.
     """
     def decorate(script):
         @functools.wraps(script)
@@ -52,9 +64,15 @@ def main(config_name: str, task_names: Sequence[str]):
         def run():
             with exit_on_user_error():
                 sys.argv[1:] = with_own_options(sys.argv[1:])
-                register_tasks(task_names, sys.argv[1:])
-            here = str(Path(__file__).parent / 'cfgs')
-            hydra.main(version_base='1.3', config_path=here, config_name=config_name)(guarded)()
+                args = read_arguments(sys.argv[1:])
+                tasks = register_tasks(task_names, args.overrides)
+                for cfg in compose_runs(config_name, args):
+                    if args.help:
+                        print(help_text(cfg, config_name, tasks))
+                        return
+                    check(cfg)
+            hydra.main(version_base='1.3', config_path=str(CFGS), config_name=config_name)(
+                guarded)()
         return run
     return decorate
 
@@ -90,25 +108,230 @@ def with_own_options(arguments: list[str]) -> list[str]:
     return [*arguments, *OmegaConf.load(path)]
 
 
-def register_tasks(task_names: Sequence[str], overrides: list[str]):
+def read_arguments(arguments: list[str]):
+    """Return Hydra's flags, and `overrides`.
+
+    Raises: UserError for a flag that Hydra does not know.
+    """
+    def refuse(message: str):
+        raise UserError(f'{message}: options are key=value, see --help; flags such as -m stand '
+                        'before or after all of them.')
+    parser = get_args_parser()
+    parser.error = refuse
+    return parser.parse_args(arguments)
+
+
+def register_tasks(task_names: Sequence[str], overrides: list[str]) -> list[str]:
     """Make `task=<domain_task>` work for tasks that have no file in cfgs/task.
+
+    Returns: all names that `task` takes.
 
     Raises: UserError for an unknown task or kind of observation, with the nearest names.
     """
-    files = {path.stem for path in (Path(__file__).parent / 'cfgs/task').glob('*.yaml')}
+    files = {path.stem for path in (CFGS / 'task').glob('*.yaml')}
     tasks = set(task_names)
     for name in tasks - files:
         ConfigStore.instance().store(group='task', name=name, package='_global_',
                                      node={'defaults': ['medium'], 'task_name': name})
-    known = {'task': tasks | files - {'easy', 'medium', 'hard'}, 'obs': {'pixels', 'states'},
-             'recipe': {'pose_code', 'liu2017'}}
+    known = {'task': sorted(tasks | files - {'easy', 'medium', 'hard'}),
+             'obs': ['pixels', 'states'], 'recipe': ['liu2017', 'pose_code']}
     for override in overrides:
         group, _, values = override.partition('=')
         for name in values.split(',') if group in known else ():
             if name not in known[group]:
-                near = difflib.get_close_matches(name, sorted(known[group]), 3, 0.3)
                 raise UserError(f'{group}={name} is unknown; the nearest are '
-                                f"{', '.join(near or known[group])}. --help lists them all.")
+                                f'{nearest(name, known[group])}. --help lists them all.')
+    return known['task']
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """'lrr', ['lr', ...] -> 'lr, code.lr', those of the names that are spelt most alike; all where
+    none is."""
+    # An option may be meant without the section it is in.
+    near = {full: max(difflib.SequenceMatcher(None, name, part).ratio()
+                      for part in (full, full.rpartition('.')[2]))
+            for full in sorted(names, key=len)}
+    best = [full for full in sorted(near, key=near.get, reverse=True) if near[full] > 0.5]
+    return ', '.join(best[:3] or sorted(near))
+
+
+def compose_runs(config_name: str, args) -> list:
+    """Return the settings of each run that the arguments ask for: of one, or with -m of several.
+
+    Raises: UserError for an override that cannot be read, or does not name a setting.
+    """
+    if (args.hydra_help or args.shell_completion or args.experimental_rerun or args.config_name
+            or args.config_path or args.config_dir):
+        return []  # Hydra's own business
+    several = args.multirun or 'hydra.mode=MULTIRUN' in args.overrides
+    choices, cfgs = [], []
+    try:
+        for argument in args.overrides:
+            override = parse_override(argument)
+            swept = override.is_sweep_override()
+            if swept and not several:
+                raise UserError(f'{argument} gives several values: add -m to run with each of '
+                                'them, or put them in [ and ] for a list.')
+            choices.append([parse_override(f'{override.get_key_element()}={value}') for value in
+                            override.sweep_string_iterator()] if swept else [override])
+        for run in itertools.product(*choices):
+            groups = [override for override in run if override.is_hydra_override()
+                      or (CFGS / override.key_or_group).is_dir()]
+            cfgs.append(_compose(config_name, *(override.input_line for override in groups)).copy())
+            for override in run:
+                if override not in groups:
+                    _set(cfgs[-1], override)
+    except (HydraException, OmegaConfBaseException) as error:
+        message = re.split('Config search path|See http', str(error))[0]
+        raise UserError(' '.join(message.split()).rstrip('.') + '.') from error
+    return cfgs
+
+
+def parse_override(argument: str):
+    """Return Hydra's reading of key=value. Raises: UserError where it has none."""
+    with contextlib.suppress(HydraException):
+        override = OverridesParser.create().parse_override(argument)
+        if override.key_or_group:
+            return override
+    raise UserError(f'{argument} cannot be read as key=value: quote a value that holds brackets, '
+                    'commas or =, as in \'lr="linear(1e-3,1e-4,6000)"\'.')
+
+
+@functools.cache
+def _compose(config_name: str, *overrides: str):
+    with hydra.initialize_config_dir(str(CFGS), version_base='1.3'):
+        return hydra.compose(config_name, list(overrides))
+
+
+def _set(cfg, override):
+    """Apply an override as Hydra will. Raises: UserError where that is no option's new value."""
+    key, known = override.key_or_group, _flat(OmegaConf.to_container(cfg))
+    if not any(f'{name}.'.startswith(f'{key}.') for name in known):
+        raise UserError(f'there is no option {key}; the nearest are {nearest(key, known)}. '
+                        '--help lists them all.')
+    if override.is_add() or override.is_delete():
+        raise UserError(f'{override.input_line}: each option has a value, which can neither be '
+                        f'added nor removed; write {key}=value.')
+    OmegaConf.update(cfg, key, override.value())
+    if known.keys() != _flat(OmegaConf.to_container(cfg)).keys():
+        raise UserError(f'{override.input_line} does not fit: the options there are '
+                        f"{', '.join(name for name in known if f'{name}.'.startswith(key))}.")
+
+
+def check_settings(cfg, script: str):
+    """Check each setting by cfgs/allowed.yaml.
+
+    Raises: UserError for the first that is not what it may be.
+    """
+    try:
+        values = _flat(OmegaConf.to_container(OmegaConf.create(cfg), resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f'{error.full_key} cannot be worked out ({str(error).splitlines()[0]}): '
+                        'set a plain value.') from error
+    for key in sorted(values, key=lambda key: key.count('.')):  # agent.lr is lr, unless it is set
+        words, _, example = rule_of(key, script).partition(', such as ')
+        if not allows(words, values[key]):
+            example = example or words.removesuffix(' or null').split()[-1]
+            raise UserError(f'{key}={typed(values[key])} must be {words}: set {key}={example}.')
+
+
+def rule_of(key: str, script: str) -> str:
+    """Return what cfgs/allowed.yaml says of a setting. Raises: UserError where it says nothing."""
+    parts = [script, *key.split('.')]
+    rules = _rules()
+    for i in range(len(parts)):
+        if rule := rules.get('.'.join(parts[i:])):
+            return rule
+    raise UserError(f'{script}.py has no setting {key}: leave it out.')
+
+
+@functools.cache
+def _rules() -> dict[str, str]:
+    table = OmegaConf.load(CFGS / 'allowed.yaml')
+    return {key: rule for rule, keys in table.items() for key in keys}
+
+
+def allows(words: str, value: Any) -> bool:
+    """Tell whether a setting may have this value; `words` are those of cfgs/allowed.yaml."""
+    match words.split():
+        case [*others, 'or', 'null']:
+            return value is None or allows(' '.join(others), value)
+        case ['true', 'or', 'false']:
+            return isinstance(value, bool)
+        case ['one', 'of', *names]:
+            return value in ' '.join(names).split(', ')
+        case ['a', 'name' | 'path']:
+            return isinstance(value, str) and value != ''
+        case ['a', 'multiple', 'of', step]:
+            return type(value) is int and value > 0 and value % int(step) == 0
+        case ['a', 'whole', 'number', *limits]:
+            return type(value) is int and _within(limits, value)
+        case ['a', 'number', *limits, 'or', 'linear(start,end,duration)']:
+            try:
+                ends = [schedule(value, step) for step in (0, sys.maxsize)]
+            except UserError:
+                return False
+            return not isinstance(value, bool) and all(_within(limits, end) for end in ends)
+        case ['a', 'number', *limits]:
+            return type(value) in (int, float) and _within(limits, value)
+        case ['a', 'list', 'of', *count, 'whole', 'numbers', 'from', least]:
+            return (isinstance(value, list) and count in ([], [str(len(value))])
+                    and all(allows(f'a whole number from {least}', item) for item in value))
+        case ['a', 'range', 'within', low, high]:
+            limits = ['from', low.strip('[,'), 'to', high.strip(']')]
+            return (isinstance(value, list) and len(value) == 2
+                    and all(type(end) in (int, float) and _within(limits, end) for end in value)
+                    and value[0] <= value[1])
+    raise ValueError(words)
+
+
+def _within(limits: list[str], value: float) -> bool:
+    """['from', '0', 'to', '1'], 0.5 -> True."""
+    ends = dict(zip(limits[::2], map(float, limits[1::2]), strict=True))
+    return (math.isfinite(value) and value > ends.get('above', -math.inf)
+            and ends.get('from', -math.inf) <= value <= ends.get('to', math.inf))
+
+
+def typed(value: Any) -> str:
+    """Return a value as it is typed on the command line, e.g. 'null'."""
+    return str(value) if isinstance(value, str | float) else json.dumps(value)
+
+
+def help_text(cfg, config_name: str, tasks: list[str]) -> str:
+    """Return what --help prints: what heads the script's file in cfgs/, the options that have a
+    comment there, then the others."""
+    files = [CFGS / f'{config_name}.yaml', *CFGS.glob(f"*/{cfg.get('recipe')}.yaml"),
+             *CFGS.glob(f"*/{cfg.get('obs')}.yaml"), CFGS / 'loop.yaml', CFGS / 'base.yaml']
+    head = itertools.takewhile(lambda line: line.startswith('#'), files[0].read_text().splitlines())
+    values = _flat(OmegaConf.to_container(cfg, resolve=True))
+    said = {}
+    for file in files:
+        for key, comment in comments(file).items():
+            if key in values:
+                said.setdefault(key, comment)
+    def fill(text: str, indent: int) -> str:
+        return textwrap.fill(text, 100, subsequent_indent=' ' * indent, break_long_words=False,
+                             break_on_hyphens=False)
+    lines = [fill(f"  {f'{key}={typed(values[key])}':38} {comment}", 41)
+             for key, comment in said.items()]
+    others = [f'{key}={typed(value)}'.replace(' ', '') for key, value in values.items()
+              if key not in said and not key.startswith(('drqv2.', 'imitator.'))]  # of task files
+    return '\n'.join([*(line.removeprefix('#').removeprefix(' ') for line in head), '',
+                      'Options, with their values here:',
+                      *lines, '', 'Others:', fill('  ' + '  '.join(others), 2), '',
+                      'Tasks:', fill('  ' + ' '.join(tasks), 2)])
+
+
+def comments(file: Path) -> dict[str, str]:
+    """Return what a YAML file says behind its keys, e.g. {'code.window': 'successive frames'}."""
+    said, parents = {}, []
+    for line in file.read_text().splitlines():
+        if match := re.match(r'( *)(- )?(\w+):[^#]*(?:# (.*))?$', line):
+            indent, item, key, comment = match.groups()
+            parents = [key] if item else [*parents[:len(indent) // 2], key]
+            if comment:
+                said['.'.join(parents)] = comment
+    return said
 
 
 def work_dir() -> Path:
@@ -134,14 +357,6 @@ def command() -> str:
         return ''
     started = HydraConfig.get()
     return shlex.join([f'{started.job.name}.py', *started.overrides.task])
-
-
-def require_at_least(cfg, minimum: int, *keys: str):
-    """Raises: UserError naming the first of the config's `keys` that lies below `minimum`."""
-    for key in keys:
-        if type(cfg[key]) is not int or cfg[key] < minimum:
-            raise UserError(f'{key}={cfg[key]} must be a whole number, at least {minimum}: set '
-                            f'{key}={minimum} or more.')
 
 
 def require_same(source: str | Path, before: dict, now: dict, remedy: str):
@@ -344,7 +559,7 @@ def schedule(spec: str | float, step: int) -> float:
         match = re.fullmatch(r'linear\((.+)\)', str(spec).replace(' ', ''))
     try:
         start, end, duration = map(float, match[1].split(','))
-        if not duration > 0:
+        if not 0 < duration < math.inf:
             raise ValueError
     except (TypeError, ValueError):
         raise UserError(f"schedule '{spec}' is neither a number nor 'linear(start,end,duration)', "

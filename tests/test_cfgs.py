@@ -3,29 +3,35 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from fakes import CFGS
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import dmc
+import generate_expert_video
+import train
 import train_ac
+import train_ct
 import utils
+from ct_model import Dynamics
 
+SCRIPTS = {script.__name__: script for script in (
+    train, generate_expert_video, train_ct, train_ac)}
 TIERS = {'easy': (1_100_000, 100_000), 'medium': (3_100_000, 500_000),
          'hard': (30_100_000, 2_000_000)}
 FILES = sorted(path.stem for path in (CFGS / 'task').glob('*.yaml') if path.stem not in TIERS)
 
 
 @pytest.fixture(scope='module', autouse=True)
-def hydra():
+def tasks():
     utils.register_tasks(dmc.task_names(), [])
-    with initialize_config_dir(str(CFGS), version_base='1.3'):
-        yield
 
 
 def cfg_of(script, *overrides):
-    cfg = compose(script, list(overrides))
+    with initialize_config_dir(str(CFGS), version_base='1.3'):
+        cfg = compose(script, list(overrides))
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     return cfg
 
@@ -153,17 +159,185 @@ def test_recipes():
 
 @pytest.mark.parametrize('script', ['train', 'generate_expert_video', 'train_ct', 'train_ac'])
 def test_folders_of_runs_and_sweeps_resolve(script):
-    cfg = compose(script, ['task=reacher_hard'], return_hydra_config=True)
+    with initialize_config_dir(str(CFGS), version_base='1.3'):
+        cfg = compose(script, ['task=reacher_hard'], return_hydra_config=True)
     cfg.hydra.job.num, cfg.hydra.job.override_dirname = 0, 'seed2'
     for folder in (cfg.hydra.run.dir, cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir):
         assert '=' not in folder  # it can be typed again as an override
 
 
-@pytest.mark.parametrize('script', ['train', 'generate_expert_video', 'train_ct', 'train_ac'])
+@pytest.mark.parametrize('script', SCRIPTS)
 def test_help_lists_tasks_and_options(script):
-    run = subprocess.run([sys.executable, CFGS.parent / f'{script}.py', '--help'],
+    run = subprocess.run([sys.executable, CFGS.parent / f'{script}.py', '--help', 'seed=7'],
                          capture_output=True, text=True, check=True)
-    assert 'reacher_hard' in run.stdout and 'fish_swim' in run.stdout and 'seed: 1' in run.stdout
+    lines = run.stdout.splitlines()
+    assert max(map(len, lines)) <= 100 and not run.stderr
+    head = lines[:lines.index('')]
+    assert len(head) == 4 and all(f'  python {script}.py ' in line for line in head[1:])
+    assert any(line.split()[:1] == ['seed=7'] for line in lines)
+    options, tasks = (run.stdout.split(f'{part}:\n')[1].split('\n\n')[0]
+                      for part in ('Options, with their values here', 'Tasks'))
+    assert {'reacher_hard', 'fish_swim', 'cup_catch'} <= set(tasks.split())
+    assert not TIERS.keys() & set(tasks.split())
+    for line in options.splitlines():  # one a line: an option and what it is
+        assert '=' in line.split()[0] and len(line.split()) > 1
+    said = {word.partition('=')[0] for word in run.stdout.split() if '=' in word}
+    assert {key for key in utils._flat(OmegaConf.to_container(cfg_of(script)))
+            if not key.startswith(('drqv2.', 'imitator.'))} <= said
+
+
+def test_help_shows_what_a_recipe_says(capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train_ct.py', 'recipe=liu2017', '--help'])
+    train_ct.main()
+    assert 'num_train_steps=8000 ' in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+VARIANTS = [('train', 'obs=pixels'), ('train', 'obs=states'), ('generate_expert_video', 'seed=1'),
+            *[(script, f'recipe={recipe}') for script in ('train_ct', 'train_ac')
+              for recipe in ('pose_code', 'liu2017')]]
+
+
+@pytest.mark.parametrize('script, variant', VARIANTS)
+def test_it_is_said_of_every_key_what_it_may_be(script, variant):
+    """Whoever adds one to cfgs/ adds it to allowed.yaml as well."""
+    for task in ('walker_walk', 'humanoid_walk'):
+        utils.check_settings(cfg_of(script, f'task={task}', variant), script)
+    with pytest.raises(utils.UserError, match=f'{script}.py has no setting agent.novel: leave'):
+        utils.check_settings({'seed': 1, 'agent': {'novel': 1}}, script)
+
+
+def test_of_no_other_key():
+    known = {f'{script}.{key}' for script in SCRIPTS
+             for key in utils._flat(OmegaConf.to_container(cfg_of(script)))}
+    rules = [key for keys in yaml.safe_load((CFGS / 'allowed.yaml').read_text()).values()
+             for key in keys]
+    assert len(rules) == len(set(rules))
+    for rule in rules:
+        assert any(f'.{key}'.endswith(f'.{rule}') for key in known), rule
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys, tmp_path):
+    """-> a function that starts a script and returns the sentence with which it ends."""
+    def start(script, *arguments):
+        def go_on(**_):
+            raise AssertionError('it was not refused')
+        monkeypatch.setattr('hydra.main', go_on)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, 'argv', [f'{script}.py', *arguments])
+        with pytest.raises(SystemExit) as ended:
+            SCRIPTS[script].main()
+        assert ended.value.code == 2 and not any(tmp_path.iterdir())
+        out, error = capsys.readouterr()
+        [line] = error.splitlines()
+        assert not out and line.startswith('error: ') and line.endswith('.')
+        return line
+    return start
+
+
+BAD = {
+    'train': [
+        ('lr=fast', 'a number above 0: set lr=1e-3'), ('lr=-1', 'set lr='), ('lr=nan', 'set lr='),
+        ('lr=inf', 'set lr='), ('lr=true', 'set lr='), ('lr=null', 'set lr='), ('lr=', 'set lr='),
+        ('lr=[1e-3]', 'set lr='), ('agent.lr=0', 'set agent.lr='),
+        ('discount=7', 'from 0 to 1: set discount=0.99'), ('use_tb=maybe', 'true or false'),
+        ('use_tb=1', 'true or false'), ('save_video=3', 'true or false'),
+        ('agent.hidden_dim=0', 'a whole number from 1: set agent.hidden_dim=1'),
+        ('num_eval_episodes=2.5', 'a whole number'), ('num_train_frames=1e6', 'a whole number'),
+        ('num_train_frames=1', 'not even one step of 2 frames: set num_train_frames=2'),
+        ('action_repeat=null', 'set action_repeat=1'), ('frame_stack=0', 'set frame_stack=1'),
+        ('seed=-1', 'set seed=1'), ('seed=4294967296', 'set seed=1'), ('seed=true', 'set seed=1'),
+        ('im_size=8', 'a whole number from 16: set im_size=84'),
+        ('replay_buffer_size=1', 'from 2'), ('device=tpu', 'cuda, cpu, auto: set device=auto'),
+        ('precision=fp8', 'set precision=fp32'), ('local_dir=3', 'a path'),
+        ('task_name=null', 'a name'), ('agent.critic_target_tau=1.1', 'from 0 to 1'),
+        ('stddev_schedule=cosine', 'a number above 0 or linear'),
+        ('stddev_schedule=0', 'a number above 0'), ('stddev_schedule=true', 'a number above 0'),
+        ('stddev_schedule="linear(1,0.1)"', 'linear(start,end,duration): set stddev_schedule=0.2'),
+        ('stddev_schedule="linear(1,nan,9)"', 'a number above 0'),
+        ('stddev_schedule="linear(1,-1,9)"', 'a number above 0'),
+        ('stddev_schedule="linear(1,1,inf)"', 'a number above 0'),
+        ('lr=${lrr}', "lr cannot be worked out (Interpolation key 'lrr'"),
+        ('lr="linear(1e-3,1e-4,9)"', 'a number above 0')],
+    'generate_expert_video': [
+        ('im_size=63', 'a multiple of 16: set im_size=64'), ('im_size=0', 'a multiple of 16'),
+        ('num_train=0', 'set num_train=1'), ('num_play=-1', 'set num_play=0'),
+        ('episode_len=1', 'set episode_len=2'), ('num_workers=0', 'or null: set num_workers=1'),
+        ('player=3', 'a path or null'), ('snapshot=null', 'a path'),
+        ('scenery.camera.enabled=perhaps', 'true or false'),
+        ('scenery.sky.value=[1,0]', 'a range within [0, 1]: set scenery.sky.value=[low,high]'),
+        ('scenery.sky.value=[0,1.5]', 'within [0, 1]'), ('scenery.sky.value=[0]', 'within [0, 1]'),
+        ('scenery.camera.roll=[0,inf]', 'within [-180, 180]'),
+        ('scenery.camera.zoom=1', 'within [0.1, 10]'),
+        ('scenery.distractors.count=[2,9]', 'within [0, 4]')],
+    'train_ct': [
+        ('model.channels=64', 'a list of 4 whole numbers from 1'),
+        ('model.channels=[4,8]', 'a list of 4'), ('model.channels=[4,8,8,0]', 'a list of 4'),
+        ('lr=cosine', 'a number from 0 or linear(start,end,duration): set lr=1e-3'),
+        ('code.lr=-1', 'set code.lr=1e-3'), ('code.weights.noise=-1', 'a number from 0'),
+        ('weights.foreground=2', 'from 0 to 1'), ('play_share=-0.5', 'from 0 to 1'),
+        ('pairs=other', 'random, same_episode'), ('model.code_dim=0', 'from 1 or null'),
+        (f'code.window={Dynamics.HISTORY}', f'set code.window={Dynamics.HISTORY + 1}'),
+        ('code.batch_size=1', 'set code.batch_size=2'), ('max_grad_norm=0', 'a number above 0')],
+    'train_ac': [
+        ('time_power=cubic', 'a number from 0: set time_power=2'),
+        ('lookahead=3', 'a list of whole'),
+        ('lookahead=[1,0]', 'set lookahead=[1,3,6,12]'), ('lookahead=[1.5]', 'a list of whole'),
+        ('reward_scale=0', 'above 0 or null: set reward_scale=0.1'), ('relabel=2', 'from 0 to 1'),
+        ('action_repeat=0', 'or null: set action_repeat=1'), ('num_play=0', 'set num_play=1'),
+        ('max_shift=0.5', 'set max_shift=0'), ('expert=', 'a path')]}
+
+
+@pytest.mark.parametrize('script, setting, words', [
+    (script, *case) for script, cases in BAD.items() for case in cases])
+def test_a_bad_setting_is_refused_in_a_sentence_and_nothing_is_written(refusal, script, setting,
+                                                                       words):
+    line = refusal(script, setting)
+    key, _, value = setting.partition('=')
+    assert words in line and key in line
+    if not value.startswith(('[', '$', '1e')):  # else it may be spelt in another way
+        assert value.strip('"') in line
+
+
+@pytest.mark.parametrize('script, argument, words', [
+    ('train', 'lrr=1', ['no option lrr', 'lr']), ('train', '+lrr=1', ['no option lrr', 'lr']),
+    ('train', '++lrr=1', ['no option lrr', 'lr']),
+    ('train', 'hiden_dim=9', ['hiden_dim', 'hidden_dim, agent.hidden_dim']),
+    ('train_ac', 'num_demo=9', ['num_demos']), ('train_ac', '+agent.seed=1', ['agent.seed']),
+    ('train_ac', 'agent.lokahead=[1]', ['agent.lookahead']),
+    ('train_ct', 'code.wieghts.noise=1', ['code.weights.noise']),
+    ('train_ct', 'window=7', ['code.window']), ('train', 'lr.foo=1', ['no option lr.foo']),
+    ('generate_expert_video', '+scenery.walls.enabled=true', ['scenery.walls.enabled', '.enabled']),
+    ('train', '~lr', ['~lr', 'removed', 'write lr=']), ('train', '+lr=1', ['+lr=1', 'write lr=']),
+    ('train_ct', 'model=3', ['model=3', 'model.channels, model.z_dim']),
+    ('train', 'lr={a:1}', ['lr={a:1}', 'are lr.']), ('train', '=1', ['=1']),
+    ('train', 'lr=linear(1,2,3)', ['lr=linear(1,2,3)', 'quote']), ('train', 'lr=[1', ['quote']),
+    ('train', 'lr', ['key=value']), ('train', 'seed=1,2', ['seed=1,2', 'add -m']),
+    ('train', '--verbose', ['--verbose', '--help']), ('train_ct', 'recipe=lui2017', ['liu2017']),
+    ('train', 'hydra/launcher=nowhere', ['hydra/launcher/nowhere']),
+    ('train', 'hydra.nowhere=1', ['hydra.nowhere'])])
+def test_a_command_line_that_cannot_be_meant_is_refused_in_a_sentence(refusal, script, argument,
+                                                                      words):
+    line = refusal(script, argument)
+    assert all(word in line for word in words)
+
+
+def test_all_runs_of_a_sweep_are_checked_before_the_first(refusal):
+    assert 'seed=-1' in refusal('train', '-m', 'seed=1,2,-1', 'task=reacher_hard,finger_spin')
+    assert 'batch_size=0' in refusal('train', '-m', 'batch_size=range(2,-1,-1)')
+    assert 'lookahead=[]' in refusal('train_ac', '-m', 'task=reacher_hard,finger_spin', 'w_clone=0',
+                                     'w_critic=1')
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--cfg', 'job', '++lr=3e-4', 'hydra.verbose=true', 'hydra/job_logging=none'], 'lr: 0.0003'),
+    (['--hydra-help'], '--multirun')])
+def test_hydras_own_flags_go_on_working(arguments, words):
+    run = subprocess.run([sys.executable, CFGS.parent / 'train.py', *arguments],
+                         capture_output=True, text=True, check=True)
+    assert words in run.stdout and not run.stderr
 
 
 @pytest.mark.parametrize('task', ['fish_swim', 'point_mass_easy', 'ball_in_cup_catch'])

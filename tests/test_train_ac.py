@@ -321,7 +321,8 @@ def no_filming(monkeypatch):
 
 @pytest.mark.parametrize('overrides, words', [
     ({'relabel': 0.6, 'hindsight': 0.5}, 'shares of one batch'),
-    ({'hindsight': -0.1}, 'shares of one batch'), ({'relabel': -0.1}, 'shares of one batch'),
+    ({'hindsight': -0.1}, 'hindsight=-0.1 .*set hindsight=0.4'),
+    ({'relabel': -0.1}, 'relabel=-0.1 .*set relabel=0.4'),
     ({'w_critic': 1, 'w_img': 0.5}, 'set relabel=0'),
     ({'w_critic': 1, 'lookahead': [2]}, 'set relabel=0'),
     ({'w_critic': 1, 'w_clone': 0, 'lookahead': []}, 'takes cloning'),
@@ -331,8 +332,8 @@ def no_filming(monkeypatch):
     ({'w_critic': 1, 'nstep': 3}, 'set nstep=1'),
     ({'lr': 'linear(1e-3,1e-4,20000)'}, 'set lr=1e-3'), ({'lr': 0}, 'set lr=1e-3'),
     ({'lookahead': [0, 1]}, r'lookahead=\[1,3'), ({'lookahead': [1, -3]}, r'lookahead=\[1,3'),
-    ({'w_feature': 0, 'w_img': 0}, 'set w_feature=1'), ({'w_img': -1}, 'set w_feature=1'),
-    ({'w_critic': 0, 'w_clone': 0}, 'set w_critic=1'), ({'w_clone': -1}, 'set w_critic=1'),
+    ({'w_feature': 0, 'w_img': 0}, 'set w_feature=1'), ({'w_img': -1}, 'set w_img=1'),
+    ({'w_critic': 0, 'w_clone': 0}, 'set w_critic=1'), ({'w_clone': -1}, 'set w_clone=1'),
     ({'reward_scale': 0}, 'set reward_scale=0.1'), ({'reward_scale': -1}, 'set reward_scale=0.1'),
     ({'num_demos': 0}, 'set num_demos=1'), ({'num_eval_demos': 0}, 'set num_eval_demos=1'),
     ({'num_frames': 0}, 'set num_frames=1'), ({'num_play': -1}, 'set num_play='),

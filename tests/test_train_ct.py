@@ -482,8 +482,8 @@ def test_bad_settings_are_refused_before_anything_is_written(data, tmp_path, ove
 
 @pytest.mark.parametrize('overrides, words', [
     (['num_train_steps=0'], 'num_train_steps=0'),
-    (['play_share=1.5'], r'play_share=1.5 must lie'),
-    (['play_share=-0.1'], r'play_share=-0.1 must lie'),
+    (['play_share=1.5'], 'play_share=1.5 must be .* 0 to 1: set play_share=0.5'),
+    (['play_share=-0.1'], 'play_share=-0.1 must be .* 0 to 1: set'),
     (['code.num_steps=0'], 'num_steps=0'), (['code.batch_size=1'], 'batch_size=1'),
     (['code.window=3'], 'window=3'), (['code.window=11'], 'fewer than code.window=11'),
     (['code.weights.agree=-1'], 'code.weights'), (['code.weights.noise=-0.1'], 'code.weights')])
