@@ -99,6 +99,8 @@ def exit_on_user_error():
         sys.exit(128 + error.signal)
 
 
+# ------------------------------------------------------------------------ command line and settings
+
 def with_own_options(arguments: list[str]) -> list[str]:
     """`hydra.run.dir=RUN` alone stands for the options that RUN was started with."""
     key, _, folder = arguments[0].partition('=') if len(arguments) == 1 else ('', '', '')
@@ -333,6 +335,8 @@ def comments(file: Path) -> dict[str, str]:
                 said['.'.join(parents)] = comment
     return said
 
+
+# --------------------------------------------------------------------------------------- run folder
 
 def work_dir() -> Path:
     """The run's folder, which Hydra made."""
