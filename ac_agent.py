@@ -722,7 +722,8 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         agent.load_state_dict(made['agent'])
         recipe, repeat, translator_sha256, scale, w_img = (made_by[key] for key in (
             'recipe', 'action_repeat', 'translator_sha256', 'scale', 'w_img'))
-        layout = [args[key] for key in ('num_frames', 'lookahead', 'num_actions')]
+        # Snapshots from before the agent saw its actions have no number of them.
+        layout = [args['num_frames'], args['lookahead'], args.get('num_actions', 0)]
         reward = Reward(args['reward_scale'], args['time_power'], args['w_feature'])
     model, _ = load_translator(translator, task_name, recipe, torch.device('cpu'),
                                args['precision'])

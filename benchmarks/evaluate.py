@@ -3,7 +3,8 @@
 Plays each snapshot of train.py or train_ac.py, or the one in a run's folder, and prints its returns
 beside those of a random policy, an imitator's beside the expert's as well. It films the episodes
 from the worst to the best (`--show 1`: the median) into SNAPSHOT's .mp4, or `--out` FILE.mp4 or
-.gif. An imitator meets held-out demonstrations, as in training.
+.gif. An imitator meets held-out demonstrations, as in training; what it shows are episodes in which
+there was something to do, where the expert does better than a random policy.
 
 Without a snapshot it plays each experts/<task>.pt, and what stands in experts/states/, the experts
 from states that others from pixels replaced; over 20 episodes or more, it writes experts/README.md
@@ -38,7 +39,7 @@ BARS = {'reacher_hard': 920, 'finger_spin': 850, 'finger_turn_easy': 900, 'walke
         'hopper_stand': 850, 'walker_run': 550}
 MISSED = '(not reached)'
 SEED = 2026  # of episodes that no training run was judged by
-MOST_FRAMES = 250  # of an episode in a film; of a longer one, every second, third, ... is shown
+MOST_FRAMES = {'.mp4': 250, '.gif': 30}  # of an episode; of more, every second, third, ...
 
 
 def shipped() -> list[Path]:
@@ -110,7 +111,7 @@ def film(player: Player, seed: int, episode: int, result: dict, every: int) -> n
 def spread(values: np.ndarray, num: int) -> list[int]:
     """Return the indices of `num` values from the lowest to the highest; of one, the median's."""
     order = np.argsort(values, kind='stable')
-    at = np.linspace(0, len(values) - 1, num) if num > 1 else [(len(values) - 1) // 2]
+    at = np.linspace(0, len(values) - 1, num) if num > 1 else [len(values) // 2]
     return [int(order[round(place)]) for place in at]
 
 
@@ -157,10 +158,13 @@ def judge(path: Path, args: argparse.Namespace) -> str:
     made_by = made['made_by']
     fps = 1 / (player.env.control_timestep()
                * made_by.get('env_args', made_by)['action_repeat'])
-    every = math.ceil(max(result['steps'] for result in results) / MOST_FRAMES)
-    clips = [film(player, args.seed, episode, results[episode], every)
-             for episode in spread(scores, min(args.show, len(scores)))]
     target = args.out or path.with_suffix('.mp4')
+    every = math.ceil(max(result['steps'] for result in results)
+                      / MOST_FRAMES[target.suffix])
+    shown = [episode for episode, result in enumerate(results) if kind == 'expert'
+             or result['expert_return'] > result['random_return']] or range(len(results))
+    clips = [film(player, args.seed, shown[i], results[shown[i]], every)
+             for i in spread(scores[shown], min(args.show, len(shown)))]
     video.save(target, np.concatenate(clips), fps / every)
     return f'{text}\nvideo: {target}'
 
@@ -262,7 +266,7 @@ def main():
         parser.error('--episodes is at least 1')
     if min(args.seed, args.show) < 0:
         parser.error('--seed and --show are at least 0')
-    if args.out and (len(args.snapshots) != 1 or args.out.suffix not in ('.mp4', '.gif')):
+    if args.out and (len(args.snapshots) != 1 or args.out.suffix not in MOST_FRAMES):
         parser.error('--out is an .mp4 or .gif, of one SNAPSHOT')
     if not args.snapshots:
         write_table(args.episodes)

@@ -85,7 +85,7 @@ def args(**options):
 
 
 def test_an_expert_is_played_beside_a_random_policy_and_filmed(expert, monkeypatch):
-    monkeypatch.setattr(evaluate, 'MOST_FRAMES', 25)
+    monkeypatch.setitem(evaluate.MOST_FRAMES, '.mp4', 25)
     line, film = evaluate.judge(expert.parent, args(show=1)).splitlines()  # a run's folder will do
     player, rand = evaluate.open_expert(expert, 'reacher_easy')
     returns, low = ([result['return'] for result in each.results(2, seed=1)]
@@ -142,7 +142,7 @@ def test_a_film_goes_from_the_worst_to_the_best_or_shows_the_median():
     values = np.array([5.0, 1.0, 4.0, 2.0, 3.0])
     assert values[evaluate.spread(values, 3)].tolist() == [1, 3, 5]
     assert values[evaluate.spread(values, 1)].tolist() == [3]
-    assert values[evaluate.spread(values[:4], 1)].tolist() == [2]
+    assert values[evaluate.spread(values[:4], 1)].tolist() == [4]
     assert sorted(evaluate.spread(values, 5)) == [0, 1, 2, 3, 4]
 
 

@@ -154,9 +154,10 @@ def test_speed_forgets_what_lies_before_the_window(clock):
     for tick in range(1, 100_001):
         clock.now += 0.001
         progress.update(1000 + tick)
-    assert progress.speed == pytest.approx(1000, rel=1e-3)
-    assert tracemalloc.get_traced_memory()[0] < 20_000  # it keeps few of them
+    kept = tracemalloc.get_traced_memory()[0]  # before approx, which fills caches of Python's own
     tracemalloc.stop()
+    assert progress.speed == pytest.approx(1000, rel=1e-3)
+    assert kept < 10_000  # few of them
 
 
 def test_plain_lines_are_few_whole_and_carry_the_latest_metrics(tmp_path, clock):
