@@ -53,7 +53,7 @@ lint: .venv
 
 bench: .venv
 	$(PY) benchmarks/bench.py
-	$(PY) benchmarks/evaluate_experts.py
+	$(PY) benchmarks/evaluate.py
 
 faults: .venv
 	$(PY) benchmarks/faults.py

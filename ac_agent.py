@@ -343,6 +343,28 @@ class Imitation(dmc.Wrapper):
                 'translation': self._translation.images[self._step],
                 'imitator, target context': self._frame}
 
+    def note(self) -> str:
+        """Return how the episode went, to end a video's last caption; takes `evaluate`."""
+        info = self.episode_info
+        return f": {info['task_return']:.0f} of {info['expert_return']:.0f}"
+
+
+SUCCESS = 0.8  # the score at which an episode counts as coming within 80% of the expert's
+
+
+def episode_scores(imitator: np.ndarray, expert: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Return each episode's score, 1 - (expert - imitator) / mean(expert - random): 1 is the
+    expert's.
+
+    Their mean is (imitator - random) / (expert - random) of the mean returns. The denominator is a
+    mean over episodes because in some of them even a random policy gets what the expert gets; where
+    it is 0 there is no score, but nan.
+
+    Args: returns (N,) in the same episodes.
+    """
+    span = float(np.mean(expert - random))
+    return 1 - (expert - imitator) / (span or float('nan'))
+
 
 def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_actions: int,
              reward: Reward, w_img: float = 0.0, evaluate: bool = False) -> Imitation:
@@ -681,13 +703,14 @@ def action_loss(predicted: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     return F.smooth_l1_loss(predicted, action, beta=0.1)
 
 
-def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, task_name: str
-                  ) -> tuple[Imitation, ACAgent]:
+def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, task_name: str,
+                  evaluate: bool = False) -> tuple[Imitation, ACAgent]:
     """-> an imitator's environment with these demonstrations, and the imitator, to act on the CPU.
 
     Args:
       path: its snapshot; translator: the one that it was trained with.
       videos: the split to imitate.
+      evaluate: see `Imitation`.
 
     Raises: UserError where one of them is missing, or they do not go together.
     """
@@ -699,7 +722,8 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         agent.load_state_dict(made['agent'])
         recipe, repeat, translator_sha256, scale, w_img = (made_by[key] for key in (
             'recipe', 'action_repeat', 'translator_sha256', 'scale', 'w_img'))
-        layout = [args[key] for key in ('num_frames', 'lookahead', 'num_actions')]
+        # Snapshots from before the agent saw its actions have no number of them.
+        layout = [args['num_frames'], args['lookahead'], args.get('num_actions', 0)]
         reward = Reward(args['reward_scale'], args['time_power'], args['w_feature'])
     model, _ = load_translator(translator, task_name, recipe, torch.device('cpu'),
                                args['precision'])
@@ -712,4 +736,4 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         raise UserError(f"{videos} was filmed with action_repeat={meta['action_repeat']} in "
                         f"{meta['num_contexts']} contexts, and {path} takes action_repeat={repeat} "
                         'and two or more: choose another imitator, or film anew.')
-    return make_env(Demonstrations(model, clips, scale), *layout, reward, w_img), agent
+    return make_env(Demonstrations(model, clips, scale), *layout, reward, w_img, evaluate), agent

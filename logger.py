@@ -9,12 +9,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
+import cv2
+import imageio.v3 as iio
+import numpy as np
 import torch
 
 import utils
 
 KINDS = ('train', 'eval')
 WIDTH = 100  # columns of a line on the console; what does not fit stands in the CSV
+SCORE = '0_score/imitator'  # 0 is a random policy's, 1 the expert's; TensorBoard sorts its tags
+# Ends of keys that are the same in each evaluation.
+CONSTANT = ('expert_return', 'random_return', 'psnr_translation', '_copy_first')
 FIRST = ('task_return', 'expert_return', 'random_return', 'episode_reward', 'psnr',
          'psnr_copy_first', 'agreement', 'rank', 'probe_gross')  # on the console
 
@@ -118,8 +124,8 @@ class Logger:
     """Averages what it is handed; `dump` writes the means as a row, as points and as a line."""
 
     def __init__(self, work_dir: str | Path, total: int, unit: str = 'frame', resume_step: int = 0,
-                 use_tb: bool = True, clock: Callable[[], float] = time.monotonic,
-                 stream: TextIO | None = None):
+                 use_tb: bool = True, settings: Mapping | None = None,
+                 clock: Callable[[], float] = time.monotonic, stream: TextIO | None = None):
         """
         Args:
           work_dir: gets train.csv, eval.csv and tb/.
@@ -127,15 +133,13 @@ class Logger:
           unit: what a step is called; the first column of the CSVs.
           resume_step: where the run goes on (0: a new run). Rows and points after it come from
             steps that were lost; they are dropped, so that no curve has doubled points.
+          settings: nested plain values, for TensorBoard's table of hyperparameters.
           clock, stream: as for `Progress`.
         """
         self.progress = Progress(total, unit, resume_step, clock, stream)
         self._sums = {ty: {} for ty in KINDS}  # key -> (sum, count)
         self._files = {ty: _Csv(Path(work_dir) / f'{ty}.csv', unit, resume_step) for ty in KINDS}
-        self._tb = None
-        if use_tb:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-            self._tb = SummaryWriter(str(Path(work_dir) / 'tb'), purge_step=resume_step + 1)
+        self._tb = _TensorBoard(Path(work_dir) / 'tb', resume_step, settings) if use_tb else None
 
     def log_metrics(self, metrics: Mapping[str, float | torch.Tensor], step: int,
                     ty: str = 'train'):
@@ -162,9 +166,7 @@ class Logger:
             return means
         self._files[ty].write(step, means)
         if self._tb:
-            for key, value in means.items():
-                self._tb.add_scalar(f'{ty}/{key}', value, step)
-            self._tb.flush()
+            self._tb.write(step, means, ty)
         keys = sorted(means, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
         note = [f'{key} {_short(means[key])}' for key in keys]
         if ty == 'train':
@@ -173,10 +175,64 @@ class Logger:
             self.progress.say(fit([f'{ty} at {self.progress.unit} {step}', *note]))
         return means
 
+    def log_film(self, film: np.ndarray, step: int):
+        """Show a clip, uint8 (T, H, W, 3), in TensorBoard."""
+        if self._tb:
+            self._tb.write_film(step, film)
+
     def close(self):
         self.progress.close()
         if self._tb:
             self._tb.close()
+
+
+class _TensorBoard:
+    """What matters first comes first: the score, then the film; constants are text, not lines."""
+
+    NUM_IMAGES = 60  # of a film, at half its size: about 1 MB
+
+    def __init__(self, folder: Path, resume_step: int, settings: Mapping | None):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+        from torch.utils.tensorboard.summary import hparams
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        self._told = set()
+        if settings:
+            values = {key: value if isinstance(value, bool | int | float | str) else str(value)
+                      for key, value in utils.flat(settings).items()}
+            metrics = dict.fromkeys((SCORE, 'eval/episode_reward', 'eval/psnr'))
+            # `SummaryWriter.add_hparams` would open a second run for them.
+            for summary in hparams(values, metrics):
+                self._writer.file_writer.add_summary(summary)
+
+    def write(self, step: int, means: Mapping[str, float], ty: str):
+        constant = {key: value for key, value in means.items()
+                    if ty == 'eval' and key.endswith(CONSTANT)}
+        for key in means.keys() - constant.keys():
+            self._writer.add_scalar(f'{ty}/{key}', means[key], step)
+        if constant.keys() - self._told:
+            self._told |= constant.keys()
+            self._writer.add_text('constant in all evaluations', '| | |\n|---|---|\n' + '\n'.join(
+                f'| {key} | {value:.4g} |' for key, value in constant.items()), step)
+        if {'expert_return', 'random_return'} <= constant.keys() and 'task_return' in means:
+            low, high = constant['random_return'], constant['expert_return']
+            if high != low:
+                self._writer.add_scalar(SCORE, (means['task_return'] - low) / (high - low), step)
+        self._writer.flush()
+
+    def write_film(self, step: int, film: np.ndarray):
+        """As an animated GIF, an image to TensorBoard: `SummaryWriter.add_video` needs moviepy."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        height, width = film.shape[1] // 2, film.shape[2] // 2
+        images = [cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+                  for image in film[::-(-len(film) // self.NUM_IMAGES)]]
+        gif = iio.imwrite('<bytes>', np.stack(images), extension='.gif', duration=100, loop=0)
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(
+            tag='0_film', image=Summary.Image(height=height, width=width, colorspace=3,
+                                              encoded_image_string=gif))]), step)
+        self._writer.flush()
+
+    def close(self):
+        self._writer.close()
 
 
 class _Csv:

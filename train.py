@@ -99,7 +99,8 @@ class Workspace:
         self.first_step = self.global_step
         self.timer = utils.Timer(self.elapsed)
         self.logger = Logger(work_dir, total=cfg.num_train_frames, resume_step=self.global_frame,
-                             use_tb=cfg.use_tb)
+                             use_tb=cfg.use_tb,
+                             settings=OmegaConf.to_container(cfg, resolve=True))
         self.video = VideoRecorder(work_dir if cfg.save_video else None)
 
     @property
@@ -219,7 +220,9 @@ class Workspace:
                 else:
                     self.video.record(self.eval_env)
                     episode_reward += time_step.reward
-            self.video.save(f'{self.global_frame}.mp4')
+            film = self.video.save(f'{self.global_frame}.mp4')
+            if film is not None:
+                self.logger.log_film(film, self.global_frame)
             self.last_eval_episodes.append({'episode_reward': episode_reward,
                                             **self.eval_env.episode_info})
             self.logger.log_metrics(self.last_eval_episodes[-1], self.global_frame, 'eval')

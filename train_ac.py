@@ -16,10 +16,12 @@ import dmc
 import utils
 import video
 from ac_agent import (
+    SUCCESS,
     ACAgent,
     Demonstrations,
     Reward,
     encode_play,
+    episode_scores,
     load_translator,
     make_env,
 )
@@ -97,25 +99,33 @@ def film_demonstrations(cfg, im_size: int):
 def report(workspace: Workspace, num_videos: int = 5) -> str:
     """Write report.md, episodes.csv and demo.mp4 into the run's folder: what came of it, to read
     and to see."""
-    result = workspace.last_eval
-    clips = [[workspace.eval_env.panels(64) for _ in workspace.play(episode)]
-             for episode in range(num_videos)]
-    frames = [panels for clip in clips for panels in [*clip, *[clip[-1]] * 10]]
+    cfg, result, films = workspace.cfg, workspace.last_eval, []
+    for episode in range(num_videos):
+        panels = [workspace.eval_env.panels(64) for _ in workspace.play(episode)]
+        films.append(video.panels_side_by_side(
+            [*panels, *[panels[-1]] * 10], workspace.eval_env.note()))
     path = workspace.work_dir / 'demo.mp4'
-    video.save(path, video.panels_side_by_side(frames))
-    span = result['expert_return'] - result['random_return']
-    score = (result['task_return'] - result['random_return']) / span if span else float('nan')
-    text = (f"| {workspace.cfg.task_name}, held-out episodes and contexts | |\n|---|---|\n"
-            f"| return, random | {result['random_return']:.1f} |\n"
-            f"| return, imitator | {result['task_return']:.1f} |\n"
-            f"| return, expert | {result['expert_return']:.1f} |\n"
-            f"| (imitator - random) / (expert - random) | {score:.2f} |\n"
+    video.save(path, np.concatenate(films))
+    columns = 'task_return', 'expert_return', 'random_return'
+    rows = np.array([[episode[name] for name in columns]
+                     for episode in workspace.last_eval_episodes])
+    (imitator, expert, random), scores = rows.mean(0), episode_scores(*rows.T)
+    spread = rows.std(0)
+    text = (f"| {cfg.task_name}, held-out episodes and contexts | |\n|---|---|\n"
+            f'| return, random | {random:.1f} ± {spread[2]:.1f} |\n'
+            f'| return, imitator | {imitator:.1f} ± {spread[0]:.1f} |\n'
+            f'| return, expert | {expert:.1f} ± {spread[1]:.1f} |\n'
+            f'| (imitator - random) / (expert - random) | {scores.mean():.2f} |\n'
+            f'| episodes within {SUCCESS:.0%} of the expert | '
+            f'{np.sum(scores >= SUCCESS)} of {len(scores)} |\n'
             f"| PSNR of the translation | {result['psnr_translation']:.1f} dB |\n"
-            f"| PSNR of copying the first frame | {result['psnr_copy_first']:.1f} dB |\n")
+            f"| PSNR of copying the first frame | {result['psnr_copy_first']:.1f} dB |\n"
+            f'| agent steps (frames) | {workspace.global_step:,} ({workspace.global_frame:,}) |\n'
+            f'| minutes | {workspace.timer.total() / 60:.0f} |\n'
+            f'| seed | {cfg.seed} |\n'
+            f'| command | `python {utils.command()}` |\n')
     with utils.atomic_write(workspace.work_dir / 'report.md') as tmp:
         tmp.write_text(text)
-    columns = 'task_return', 'expert_return', 'random_return'
-    rows = [[episode[name] for name in columns] for episode in workspace.last_eval_episodes]
     with utils.atomic_write(workspace.work_dir / 'episodes.csv') as tmp:
         np.savetxt(tmp, rows, fmt='%.4f', delimiter=',', header=','.join(columns), comments='')
     return f'\n{text}\nvideo: {path}\ntable: {workspace.work_dir / "report.md"}'

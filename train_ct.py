@@ -490,7 +490,8 @@ def train(cfg, work_dir: Path, stop: utils.Stop | None = None):
             utils.set_rng_states(state['rng'])
     utils.keep_config(cfg)
     timer = utils.Timer(elapsed)
-    logger = Logger(work_dir, num_steps, 'step', step, cfg.use_tb)
+    logger = Logger(work_dir, num_steps, 'step', step, cfg.use_tb,
+                    OmegaConf.to_container(cfg, resolve=True))
     windows = None
 
     while step < num_steps:
@@ -534,8 +535,9 @@ def train(cfg, work_dir: Path, stop: utils.Stop | None = None):
             now, images = evaluator(model, cfg.weights.foreground, autocast)
             logger.log_metrics({**now, **evaluator.baselines}, step, 'eval')
             logger.dump(step, 'eval')
-            video.save(work_dir / f'eval_video/{step}.mp4',
-                       evaluator.film(images, cfg.num_eval_videos))
+            film = evaluator.film(images, cfg.num_eval_videos)
+            video.save(work_dir / f'eval_video/{step}.mp4', film)
+            logger.log_film(film, step)
             if now['trans'] < best:
                 best, scores = now['trans'], now
                 utils.save_snapshot(best_path, 'translator', cfg.task_name, {

@@ -368,7 +368,7 @@ def require_same(source: str | Path, before: dict, now: dict, remedy: str):
 
     Dicts within are compared value by value, as in `scenery.camera.zoom`.
     """
-    before, now = _flat(before), _flat(now)
+    before, now = flat(before), flat(now)
     differs = [f'{key}={_short(before.get(key))}, not {_short(now.get(key))}'
                for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if differs:
@@ -383,9 +383,9 @@ def require_same_run(work_dir: Path, last: dict, now: dict):
     require_same(f'the run in {work_dir}', before, now, f'go on with {again}, or start a new run')
 
 
-def _flat(values: dict, prefix: str = '') -> dict:
+def flat(values: dict, prefix: str = '') -> dict:
     """{'a': {'b': 1}} -> {'a.b': 1}."""
-    parts = [_flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
+    parts = [flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
              for key, value in values.items()]
     return {key: value for part in parts for key, value in part.items()}
 

@@ -119,15 +119,21 @@ class VideoRecorder:
         if self._enabled:
             self._frames.append(env.panels(self._im_size))
 
-    def save(self, file_name: str):
-        if self._enabled:
-            save(self._folder / file_name, panels_side_by_side(self._frames), self._fps)
+    def save(self, file_name: str) -> np.ndarray | None:
+        """Write the clip and return it; None where nothing was filmed."""
+        if not self._enabled:
+            return None
+        film = panels_side_by_side(self._frames)
+        save(self._folder / file_name, film, self._fps)
+        return film
 
 
-def panels_side_by_side(frames: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
-    """`side_by_side` of what `env.panels` gave at each step."""
+def panels_side_by_side(frames: Sequence[dict[str, np.ndarray]], note: str = '',
+                        scale: int | None = None) -> np.ndarray:
+    """`side_by_side` of what `env.panels` gave at each step; `note` ends the last caption."""
     clips = [np.stack([panels[label] for panels in frames]) for label in frames[0]]
-    return side_by_side(clips, list(frames[0]))
+    *labels, last = frames[0]
+    return side_by_side(clips, [*labels, last + note], scale)
 
 
 def frames_path(root: str | Path, i: int) -> Path:

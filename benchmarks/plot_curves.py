@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from evaluate_experts import published
+from evaluate import published
 from matplotlib.ticker import EngFormatter
 from omegaconf import OmegaConf
 

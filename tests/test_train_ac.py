@@ -1,6 +1,9 @@
+import argparse
 import subprocess
 from types import SimpleNamespace
 
+import evaluate
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -251,7 +254,10 @@ def test_the_report_says_how_it_compares(cfg, tmp_path):
     for name in ('task_return', 'expert_return', 'random_return'):
         assert episodes[name].mean() == pytest.approx(result[name])
     assert result['expert_return'] == 5.0
-    assert f"| return, imitator | {result['task_return']:.1f} |" in text
+    for name, who in (('task', 'imitator'), ('expert', 'expert'), ('random', 'random')):
+        returns = episodes[f'{name}_return']
+        assert f'| return, {who} | {returns.mean():.1f} ± {returns.std():.1f} |' in text
+    assert f'| agent steps (frames) | 80 (160) |\n| minutes | 0 |\n| seed | {cfg.seed} |' in text
     low, high = result['random_return'], result['expert_return']
     score = (result['task_return'] - low) / (high - low)
     assert f'| (imitator - random) / (expert - random) | {score:.2f} |' in text
@@ -264,8 +270,50 @@ def test_a_report_without_a_span_has_no_score(cfg, tmp_path):
     """Where the expert is no better than random actions."""
     workspace = make(cfg, tmp_path / 'run')
     workspace.eval()
-    workspace.last_eval |= {'expert_return': 0.0, 'random_return': 0.0}
+    for episode in workspace.last_eval_episodes:
+        episode |= {'expert_return': 0.0, 'random_return': 0.0}
     assert '(expert - random) | nan |' in train_ac.report(workspace, num_videos=1)
+
+
+def test_the_report_counts_episodes_and_names_the_command(cfg, tmp_path, monkeypatch):
+    workspace = make(cfg, tmp_path / 'run')
+    workspace.eval()
+    workspace.last_eval_episodes = [
+        dict(workspace.last_eval_episodes[0], task_return=value, expert_return=10.0,
+             random_return=0.0) for value in (7.9, 8.0, 12.0)]
+    monkeypatch.setattr(utils, 'command', lambda: 'train_ac.py task=reacher_hard')
+    text = train_ac.report(workspace, num_videos=1)
+    assert '| episodes within 80% of the expert | 2 of 3 |' in text
+    assert '| command | `python train_ac.py task=reacher_hard` |' in text
+
+
+def test_the_demo_says_how_each_episode_went(cfg, tmp_path, monkeypatch):
+    workspace, notes = make(cfg, tmp_path / 'run'), []
+    side_by_side = video.panels_side_by_side
+    def noted(frames, note):
+        notes.append(note)
+        return side_by_side(frames, note)
+    workspace.eval()
+    monkeypatch.setattr(video, 'panels_side_by_side', noted)
+    train_ac.report(workspace, num_videos=2)
+    assert notes == [f": {episode['task_return']:.0f} of {episode['expert_return']:.0f}"
+                     for episode in workspace.last_eval_episodes]
+
+
+def test_evaluate_repeats_a_runs_own_evaluation_and_films_it(cfg, tmp_path):
+    workspace = make(cfg, tmp_path / 'run')
+    workspace.train()
+    args = argparse.Namespace(episodes=2, seed=cfg.seed, contexts='own', translator=cfg.snapshot,
+                              videos=f'{cfg.data_dir}/valid', show=1, out=tmp_path / 'x.gif')
+    line, film = evaluate.judge(tmp_path / 'run', args).splitlines()
+    result = workspace.last_eval
+    assert f": {result['task_return']:.1f} ± " in line and 'over 2 episodes' in line
+    assert f"expert 5.0 ± 0.0, random {result['random_return']:.1f}; score " in line
+    assert film == f"video: {tmp_path / 'x.gif'}"
+    assert iio.imread(tmp_path / 'x.gif').shape[1:] == (video.CAPTION + 256, 3 * 256, 3)
+    args.videos = f'{cfg.data_dir}/none'
+    with pytest.raises(UserError, match='there are no videos in'):
+        evaluate.judge(tmp_path / 'run', args)
 
 
 @pytest.mark.parametrize('recipe', RECIPES)

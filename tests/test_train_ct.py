@@ -464,6 +464,17 @@ def test_ssim_by_hand():
     assert ssim_map(noise, 255 - noise).mean() < 0  # the structure is turned round
 
 
+def test_ssim_is_scikit_images():
+    metrics = pytest.importorskip('skimage.metrics')
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (20, 24, 3), np.uint8)
+    other = (0.7 * image + 0.3 * rng.integers(0, 256, image.shape)).astype(np.uint8)
+    _, theirs = metrics.structural_similarity(image, other, full=True, channel_axis=2,
+                                              use_sample_covariance=False)
+    [ours] = ssim_map(*(torch.from_numpy(part)[None] for part in (image, other)))
+    np.testing.assert_allclose(ours, theirs.mean(2)[3:-3, 3:-3], atol=1e-5)
+
+
 @pytest.mark.parametrize('overrides, words', [
     (['num_train_steps=0'], 'num_train_steps=0'),
     (['frames_per_clip=11'], 'frames_per_clip=10'),

@@ -87,6 +87,13 @@ def test_side_by_side_needs_a_label_for_each_clip():
         video.side_by_side([np.zeros((1, 4, 4, 3), np.uint8)], ['one', 'two'])
 
 
+def test_a_note_ends_the_last_caption():
+    frames = [{'one': np.zeros((64, 64, 3), np.uint8), 'two': np.zeros((64, 64, 3), np.uint8)}] * 2
+    film = video.panels_side_by_side(frames, ': 62 of 66')
+    assert (film == video.side_by_side([np.zeros((2, 64, 64, 3), np.uint8)] * 2,
+                                       ['one', 'two: 62 of 66'])).all()
+
+
 def test_mse_and_psnr_by_hand():
     dark, bright = np.full((2, 2, 3), 100, np.uint8), np.full((2, 2, 3), 110, np.uint8)
     assert video.mse(dark, bright) == video.mse(bright, dark) == pytest.approx((10 / 255) ** 2)
@@ -108,11 +115,11 @@ def test_recorder(tmp_path):
         recorder.init(env)
         recorder.record(env)
         recorder.record(env)
-    recorder.save('12.mp4')
+    assert len(recorder.save('12.mp4')) == 3
     assert len(iio.imread(tmp_path / 'eval_video' / '12.mp4')) == 3
     recorder.init(env, enabled=False)
     recorder.record(env)
-    recorder.save('13.mp4')
+    assert recorder.save('13.mp4') is None
     assert env.rendered == 6 and not (tmp_path / 'eval_video' / '13.mp4').exists()
 
 
