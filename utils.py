@@ -207,7 +207,7 @@ def _compose(config_name: str, *overrides: str):
 
 def _set(cfg, override):
     """Apply an override as Hydra will. Raises: UserError where that is no option's new value."""
-    key, known = override.key_or_group, _flat(OmegaConf.to_container(cfg))
+    key, known = override.key_or_group, flat(OmegaConf.to_container(cfg))
     if not any(f'{name}.'.startswith(f'{key}.') for name in known):
         raise UserError(f'there is no option {key}; the nearest are {nearest(key, known)}. '
                         '--help lists them all.')
@@ -215,7 +215,7 @@ def _set(cfg, override):
         raise UserError(f'{override.input_line}: each option has a value, which can neither be '
                         f'added nor removed; write {key}=value.')
     OmegaConf.update(cfg, key, override.value())
-    if known.keys() != _flat(OmegaConf.to_container(cfg)).keys():
+    if known.keys() != flat(OmegaConf.to_container(cfg)).keys():
         raise UserError(f'{override.input_line} does not fit: the options there are '
                         f"{', '.join(name for name in known if f'{name}.'.startswith(key))}.")
 
@@ -226,7 +226,7 @@ def check_settings(cfg, script: str):
     Raises: UserError for the first that is not what it may be.
     """
     try:
-        values = _flat(OmegaConf.to_container(OmegaConf.create(cfg), resolve=True))
+        values = flat(OmegaConf.to_container(OmegaConf.create(cfg), resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f'{error.full_key} cannot be worked out ({str(error).splitlines()[0]}): '
                         'set a plain value.') from error
@@ -305,7 +305,7 @@ def help_text(cfg, config_name: str, tasks: list[str]) -> str:
     files = [CFGS / f'{config_name}.yaml', *CFGS.glob(f"*/{cfg.get('recipe')}.yaml"),
              *CFGS.glob(f"*/{cfg.get('obs')}.yaml"), CFGS / 'loop.yaml', CFGS / 'base.yaml']
     head = itertools.takewhile(lambda line: line.startswith('#'), files[0].read_text().splitlines())
-    values = _flat(OmegaConf.to_container(cfg, resolve=True))
+    values = flat(OmegaConf.to_container(cfg, resolve=True))
     said = {}
     for file in files:
         for key, comment in comments(file).items():
