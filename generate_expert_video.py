@@ -78,8 +78,7 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
         if env_args['obs'] == 'pixels':
             utils.require_same_pictures(path, expert['versions'], made_by.get('quality'),
                                         dmc.QUALITY, retrain)
-        agent = DrQV2Agent(**expert['agent_args'], device='cpu')
-        agent.load_state_dict(expert['agent'])
+        agent = utils.rebuild(DrQV2Agent, expert['agent_args'], expert['agent'])
     return agent, env_args
 
 

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -228,7 +229,8 @@ class Stop:
     steps. It also holds back a launcher's answer to SIGUSR1 and SIGUSR2 (submitit's requeues)."""
 
     def __init__(self):
-        self.asked = None  # the number of the signal
+        self.asked = None  # the number of the signal that was held back
+        self._held = {}
 
     def __enter__(self):
         in_main = threading.current_thread() is threading.main_thread()
@@ -242,9 +244,22 @@ class Stop:
         return self
 
     def __exit__(self, *_):
-        if not self.asked:
-            for number, handler in self._held.items():
+        for number, handler in self._held.items():
+            if signal.getsignal(number) == self._note:  # else a signal has come
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Within the block signals are not held back: for long work of which nothing half done is
+        kept. `asked` stays None then.
+
+        Raises: Interrupted where one was held back before.
+        """
+        self.__exit__()
+        self.raise_if_asked()
+        yield
+        for number in self._held:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame):
         self.asked = number
@@ -421,9 +436,16 @@ def reserve(path: Path):
                 raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def snapshot_space(path: Path, num_bytes: int) -> int:
+    """Return how many bytes have to be free for snapshots of such a size: the next is written while
+    the last two are still there."""
+    there = sum(p.stat().st_size for p in (path, previous(path)) if p.exists())
+    return max(3 * num_bytes - there, 0)
+
+
 def _size(num_bytes: int) -> str:
-    unit = next((unit for unit in ('GiB', 'MiB') if num_bytes >= UNITS[unit]), 'KiB')
-    return f'{num_bytes / UNITS[unit]:.1f} {unit}'
+    unit = next((unit for unit, size in UNITS.items() if num_bytes >= size), None)
+    return f'{num_bytes / UNITS[unit]:.1f} {unit}' if unit else f'{num_bytes} bytes'
 
 
 def _disk_full(path: str | Path | None) -> str:
@@ -565,6 +587,15 @@ def _all_finite(values) -> bool:
     return True
 
 
+def num_bytes(values) -> int:
+    """Return how many bytes all tensors take in nested dicts and lists, views as if copied."""
+    if isinstance(values, torch.Tensor):
+        return values.numel() * values.element_size()
+    if isinstance(values, dict):
+        values = list(values.values())
+    return sum(map(num_bytes, values)) if isinstance(values, list | tuple) else 0
+
+
 def previous(path: Path) -> Path:
     return path.with_name(f'{path.stem}.prev{path.suffix}')
 
@@ -591,6 +622,8 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
             if changed := archive.testzip():
                 raise zipfile.BadZipFile(changed)
         payload = torch.load(found, map_location='cpu', weights_only=True)
+        if num_bytes(payload) > found.stat().st_size:  # copied, an expanded one would take memory
+            raise ValueError('tensors that are larger than the file')
     except MemoryError:
         raise
     except PermissionError as error:
@@ -606,6 +639,24 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
     if task is not None and payload['task'] != task:
         raise UserError(f"{found} is for task {payload['task']}, not {task}: {remedy}.")
     return payload
+
+
+def rebuild(make: Callable, args: dict, weights: dict):
+    """Return `make(**args)`, an agent or a model, on the CPU and with the weights of a snapshot.
+
+    It is first made on PyTorch's device 'meta', which takes no memory: whatever the arguments say,
+    no more is built than belongs to the weights.
+
+    Raises: RuntimeError and others where they do not go together, see `must_fit`.
+    """
+    for device in ('meta', 'cpu'):
+        with torch.device(device), warnings.catch_warnings(action='ignore'):
+            made = make(**args)
+            made.load_state_dict(weights)  # on 'meta' it compares, copies nothing, and says so
+        # A slim snapshot lacks what only training needs: some ten times as much, in full precision.
+        if num_bytes(made.state_dict()) > 100 * num_bytes(weights):
+            raise ValueError('sizes that are not those of the weights')
+    return made
 
 
 @contextlib.contextmanager
