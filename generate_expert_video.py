@@ -9,10 +9,14 @@ random play depend on (seed, split, i) alone, an imitator's play on the imitator
 number of workers does not change the dataset, and an interrupted generation can go on or be
 extended.
 """
+import signal
+
+if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
 import functools
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -221,8 +225,6 @@ def start_worker(cfg):
     # Built lazily: an exception in a pool's initializer surfaces only as BrokenProcessPool.
     studio = functools.cache(functools.partial(Studio, cfg))
     torch.set_num_threads(1)
-    # The main process answers Ctrl-C, and lets its workers finish what they began.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent():  # else the workers of a main process that is killed wait for ever
         multiprocessing.parent_process().join()
@@ -335,7 +337,12 @@ def film_all(cfg, jobs: list[tuple[str, int]], total: int):
     progress = Progress(total, 'episode', done)
     pool = open_pool(cfg, min(num_workers, len(jobs)))
     try:
-        for _ in pool.map(make_episode, *zip(*jobs, strict=True)):
+        # The main process answers Ctrl-C, and lets its workers finish what they began. They inherit
+        # the blocked signal, so that they never get it, not even while they start.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        episodes = pool.map(make_episode, *zip(*jobs, strict=True))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for _ in episodes:
             done += 1
             progress.show(done)
     except BrokenProcessPool as error:

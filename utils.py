@@ -218,6 +218,7 @@ def raise_interrupts():
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             before[number] = signal.signal(number, _raise_interrupt)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those of the script's imports
         yield
     finally:
         for number, handler in before.items():
