@@ -2,6 +2,7 @@
 import csv
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -135,6 +136,7 @@ class Logger:
         self._tb = None
         if use_tb:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+            threading.excepthook = _leave_full_disks_to_main_thread
             self._tb = SummaryWriter(str(Path(work_dir) / 'tb'), purge_step=resume_step + 1)
 
     def log_metrics(self, metrics: Mapping[str, float | torch.Tensor], step: int,
@@ -177,6 +179,13 @@ class Logger:
         self.progress.close()
         if self._tb:
             self._tb.close()
+
+
+def _leave_full_disks_to_main_thread(error):
+    """A `threading.excepthook`: TensorBoard's own thread writes, and `Logger.dump` raises what went
+    wrong there, so that a full disk is told once and without a traceback."""
+    if getattr(error.exc_value, 'errno', None) not in utils.FULL:
+        threading.__excepthook__(error)
 
 
 class _Csv:

@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -445,8 +445,8 @@ def snapshot_space(path: Path, num_bytes: int) -> int:
 
 
 def _size(num_bytes: int) -> str:
-    unit = next((unit for unit, size in UNITS.items() if num_bytes >= size), None)
-    return f'{num_bytes / UNITS[unit]:.1f} {unit}' if unit else f'{num_bytes} bytes'
+    unit = next((unit for unit in ('GiB', 'MiB') if num_bytes >= UNITS[unit]), 'KiB')
+    return f'{num_bytes / UNITS[unit]:.1f} {unit}'
 
 
 def _disk_full(path: str | Path | None) -> str:
@@ -563,7 +563,8 @@ def save_snapshot(path: str | Path, kind: str, task: str, payload: dict):
     Raises: UserError where a weight is nan or infinite; nothing is written then.
     """
     path = Path(path)
-    if not _all_finite([payload.get('agent'), payload.get('model')]):
+    if not all(tensor.isfinite().all() for tensor in
+               _tensors([payload.get('agent'), payload.get('model')])):
         raise diverged(path)
     with atomic_write(path) as tmp:
         torch.save({'format': FORMAT, 'kind': kind, 'task': task, 'versions': versions(),
@@ -580,21 +581,20 @@ def diverged(path: str | Path) -> UserError:
                      'lower learning rate.')
 
 
-def _all_finite(values) -> bool:
+def _tensors(values) -> Iterator[torch.Tensor]:
+    """Yields the tensors in nested dicts and lists."""
     if isinstance(values, torch.Tensor):
-        return bool(values.isfinite().all())
-    if isinstance(values, dict | list):
-        return all(map(_all_finite, values.values() if isinstance(values, dict) else values))
-    return True
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for part in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(part)
 
 
 def num_bytes(values) -> int:
-    """Return how many bytes all tensors take in nested dicts and lists, views as if copied."""
-    if isinstance(values, torch.Tensor):
-        return values.numel() * values.element_size()
-    if isinstance(values, dict):
-        values = list(values.values())
-    return sum(map(num_bytes, values)) if isinstance(values, list | tuple) else 0
+    """Return how many bytes the tensors in nested dicts and lists take: each once, and views as if
+    copied."""
+    return sum({id(tensor): tensor.numel() * tensor.element_size()
+                for tensor in _tensors(values)}.values())
 
 
 def previous(path: Path) -> Path:

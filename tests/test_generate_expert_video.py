@@ -437,6 +437,27 @@ def test_interrupted(snapshot, tmp_path, sig):
     assert len(workers) >= 2 and os.getpid() not in workers
 
 
+@pytest.mark.parametrize('starting', ['main', 'workers'])
+def test_ctrl_c_while_modules_are_imported(snapshot, tmp_path, starting):
+    """A terminal sends it to the workers as well."""
+    process = subprocess.Popen(
+        [sys.executable, REPO / 'generate_expert_video.py', *SIZES, 'num_workers=2',
+         f'snapshot={snapshot}', f'out_dir={tmp_path / "videos"}'],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def spawned():
+        return [pid for pid in children(process.pid)
+                if b'spawn_main' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+    if starting == 'workers':
+        wait_until(lambda: process.poll() is not None or len(spawned()) == 2)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and 'Traceback' not in error
+    assert 'to resume: python generate_expert_video.py task=' in error
+    assert (tmp_path / 'videos').exists() == (starting == 'workers')
+
+
 def test_two_generations_do_not_share_a_folder(dataset, snapshot):
     with utils.only_one_at_work(dataset), pytest.raises(utils.UserError, match='another process'):
         script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=3'))
