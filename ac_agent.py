@@ -131,8 +131,7 @@ def load_translator(path: str | Path, task_name: str, recipe: str, device: torch
     with utils.must_fit(path, retrain):
         utils.require_same_pictures(path, made['made_by']['videos'], made['made_by'].get('quality'),
                                     dmc.CONTEXT_QUALITY, retrain)
-        model = ContextTranslator(**made['model_args'])
-        model.load_state_dict(made['model'])
+        model = utils.rebuild(ContextTranslator, made['model_args'], made['model'])
     if (model.code is None) != (recipe == 'liu2017'):
         raise UserError(f"{path} has {'no' if model.code is None else 'a'} pose code: set "
                         f"recipe={'liu2017' if model.code is None else 'pose_code'}, or {retrain} "
@@ -481,6 +480,7 @@ class ACAgent(DrQV2Agent):
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
         self._relabel, self._hindsight, self._discount = relabel, hindsight, discount
         self._discriminates = bool(w_critic and w_clone and not lookahead)
+        self.pursues_reward = bool(lookahead)  # without targets it does not track
         if self._discriminates:
             # Half of the critic's steps are play's, or more. With layer normalisation it does not
             # overrate what play never did (Ball et al. 2023).
@@ -718,8 +718,7 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
     made = utils.load_snapshot(path, 'imitator', task_name, remedy=retrain)
     with utils.must_fit(path, retrain):
         args, made_by = made['agent_args'], made['made_by']
-        agent = ACAgent(**args, device='cpu')
-        agent.load_state_dict(made['agent'])
+        agent = utils.rebuild(ACAgent, args, made['agent'])
         recipe, repeat, translator_sha256, scale, w_img = (made_by[key] for key in (
             'recipe', 'action_repeat', 'translator_sha256', 'scale', 'w_img'))
         # Snapshots from before the agent saw its actions have no number of them.

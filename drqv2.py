@@ -146,8 +146,9 @@ class DrQV2Agent:
     """Acts, and updates from replayed batches; `update` returns metrics as 0-d tensors."""
 
     mlp = staticmethod(mlp)  # of actor and critic
+    pursues_reward = True  # the environment's: returns tell whether it learns
 
-    def __init__(self, obs_shape, action_dim: int, device='cpu', lr: float = 1e-4,
+    def __init__(self, obs_shape, action_dim: int, device=None, lr: float = 1e-4,
                  feature_dim: int | None = 50, hidden_dim: int = 1024,
                  critic_target_tau: float = 0.01, num_expl_steps: int = 2000,
                  update_every_steps: int = 2,
@@ -156,13 +157,14 @@ class DrQV2Agent:
         """
         Args:
           obs_shape: (C, H, W) of uint8 pixels, or (n,) of float32 states.
+          device: None is PyTorch's default, the CPU unless set otherwise.
           num_expl_steps: agent steps of uniform actions at the start.
           update_every_steps: agent steps to an update.
           stddev_schedule: exploration noise over agent steps, see `utils.schedule`.
           stddev_clip: bound of the noise on actions inside the losses.
           precision: 'fp32', or 'bf16' for what is multiplied; sums and parameters stay in fp32.
         """
-        self.device = torch.device(device)
+        self.device = torch.device(device or torch.get_default_device())
         if update_every_steps < 1:
             raise utils.UserError(f'agent.update_every_steps={update_every_steps} is below 1: set '
                                   'agent.update_every_steps=1 or more.')

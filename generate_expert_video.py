@@ -9,10 +9,14 @@ random play depend on (seed, split, i) alone, an imitator's play on the imitator
 number of workers does not change the dataset, and an interrupted generation can go on or be
 extended.
 """
+import signal
+
+if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
 import functools
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -84,8 +88,7 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
         if env_args['obs'] == 'pixels':
             utils.require_same_pictures(path, expert['versions'], made_by.get('quality'),
                                         dmc.QUALITY, retrain)
-        agent = DrQV2Agent(**expert['agent_args'], device='cpu')
-        agent.load_state_dict(expert['agent'])
+        agent = utils.rebuild(DrQV2Agent, expert['agent_args'], expert['agent'])
     return agent, env_args
 
 
@@ -228,8 +231,6 @@ def start_worker(cfg):
     # Built lazily: an exception in a pool's initializer surfaces only as BrokenProcessPool.
     studio = functools.cache(functools.partial(Studio, cfg))
     torch.set_num_threads(1)
-    # The main process answers Ctrl-C, and lets its workers finish what they began.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent():  # else the workers of a main process that is killed wait for ever
         multiprocessing.parent_process().join()
@@ -338,7 +339,12 @@ def film_all(cfg, jobs: list[tuple[str, int]], total: int):
     progress = Progress(total, 'episode', done)
     pool = open_pool(cfg, min(num_workers, len(jobs)))
     try:
-        for _ in pool.map(make_episode, *zip(*jobs, strict=True)):
+        # The main process answers Ctrl-C, and lets its workers finish what they began. They inherit
+        # the blocked signal, so that they never get it, not even while they start.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        episodes = pool.map(make_episode, *zip(*jobs, strict=True))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for _ in episodes:
             done += 1
             progress.show(done)
     except BrokenProcessPool as error:

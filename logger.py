@@ -2,6 +2,7 @@
 import csv
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -194,6 +195,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, resume_step: int, settings: Mapping | None):
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
         from torch.utils.tensorboard.summary import hparams
+        threading.excepthook = _leave_full_disks_to_main_thread
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
         self._told = set()
         if settings:
@@ -233,6 +235,13 @@ class _TensorBoard:
 
     def close(self):
         self._writer.close()
+
+
+def _leave_full_disks_to_main_thread(error):
+    """A `threading.excepthook`: TensorBoard's own thread writes, and `Logger.dump` raises what went
+    wrong there, so that a full disk is told once and without a traceback."""
+    if getattr(error.exc_value, 'errno', None) not in utils.FULL:
+        threading.__excepthook__(error)
 
 
 class _Csv:

@@ -26,13 +26,14 @@ class ReplayBuffer:
 
     def __init__(self, root: Path, obs_spec: specs.Array, action_spec: specs.Array, capacity: int,
                  nstep: int, discount: float, frame_stack: int = 1, slack: int = 0, seed: int = 0,
-                 device: torch.device | str = 'cpu', resume: bool = False):
+                 device: torch.device | str = 'cpu', resume: bool = False, spare: int = 0):
         """
         Args:
           obs_spec: of the stacked observation; its first axis is `frame_stack` frames.
           capacity: rows to sample from; an episode takes one more than it has steps.
           slack: at least the rows between a snapshot and the next but one, and of one episode.
           resume: go on with the files that are there; otherwise they are made anew.
+          spare: bytes to be left on the disk, for a run's snapshots.
 
         Raises:
           UserError: the disk is too small for the files, or those to go on with are gone or of
@@ -51,7 +52,8 @@ class ReplayBuffer:
                         for shape, dtype in layout.values())
         # In blocks: the files are sparse, and what was never written is not there yet.
         there = sum(path.stat().st_blocks * 512 for path in self._root.glob('*.npy'))
-        utils.check_disk(self._root, self._size * row_bytes - there, 'the replay buffer',
+        utils.check_disk(self._root, self._size * row_bytes - there + spare,
+                         f"the replay buffer{' with snapshots' if spare else ''}",
                          'set replay_buffer_size lower')
         self._rows = {}
         for name, (shape, dtype) in layout.items():

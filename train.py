@@ -56,7 +56,8 @@ class Workspace:
           overlap: run the update in a thread beside the environment's step, one core each. It pays
             where both take about as long and spend little time in Python (its global lock).
 
-        Raises: UserError where `last` was made with other options or inputs.
+        Raises: UserError where `last` was made with other options or inputs, or the disk is too
+          small for what the run will write.
         """
         self.cfg, self.work_dir, self.kind = cfg, work_dir, kind
         self.train_env, self.eval_env = train_env, eval_env
@@ -84,14 +85,17 @@ class Workspace:
         between = min(cfg.snapshot_every_frames, cfg.num_train_frames) // cfg.action_repeat
         slack = 4 * between + 5 * LONGEST_EPISODE
         capacity = min(cfg.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
+        spare = utils.snapshot_space(  # weights, and Adam's two moments of them
+            self.snapshot_path, 3 * utils.num_bytes(self.agent.state_dict()))
         if last and not resume:
-            capacity = slack = 1  # a finished run has no use for it
+            capacity, slack, spare = 1, 1, 0  # a finished run has no use for it
         obs_spec = train_env.observation_spec()
         self.replay_buffer = ReplayBuffer(
             work_dir / 'buffer', obs_spec, train_env.action_spec(), capacity, cfg.nstep,
             cfg.discount, cfg.frame_stack if len(obs_spec.shape) == 3 else 1, slack, cfg.seed,
-            device, resume)
-        self.elapsed, self.last_eval_step, self.stop = 0.0, None, utils.Stop()
+            device, resume, spare)
+        self.elapsed, self.last_eval_step, self.has_updated = 0.0, None, False
+        self.stop = utils.Stop()
         self.evaluations = []  # [frame, mean return, standard deviation]
         if last:
             with utils.must_fit(self.snapshot_path, 'start a new run'):
@@ -109,8 +113,9 @@ class Workspace:
 
     def train(self):
         """Run to the end, or on Ctrl-C and SIGTERM to the end of the current step, with a snapshot.
+        The first update, in which an agent may be pretrained, is broken off without one.
 
-        Raises: utils.Interrupted in the second case.
+        Raises: utils.Interrupted where it did not come to the end.
         """
         utils.keep_config(self.cfg)
         with self.stop:
@@ -120,7 +125,7 @@ class Workspace:
                 self.run(self.cfg.num_train_frames)
                 self.finish()
             except utils.Interrupted:
-                if self.global_step > self.first_step:
+                if self.stop.asked and self.global_step > self.first_step:  # all is whole
                     self.save_snapshot()
                 raise
 
@@ -148,8 +153,7 @@ class Workspace:
                 # update the agent
                 update = None
                 if not seed_until_step(self.global_step) and len(self.replay_buffer):
-                    update = executor.submit(self.agent.update, self.replay_buffer, cfg.batch_size,
-                                             self.global_step)
+                    update = self.start_update(executor)
 
                 # take a step, perhaps beside the update
                 time_step = self.train_env.step(action)
@@ -172,6 +176,16 @@ class Workspace:
                     if snapshot_now:
                         self.save_snapshot()
                     time_step = self.start_episode()
+
+    def start_update(self, executor: Executor) -> Future:
+        """Submit an update of the agent; the first is made here, where a signal can end it."""
+        update = self.agent.update, self.replay_buffer, self.cfg.batch_size, self.global_step
+        if self.has_updated:
+            return executor.submit(*update)
+        with self.stop.at_once():
+            future = Inline().submit(*update)
+        self.has_updated = bool(future.result())
+        return future
 
     def act(self, obs: np.ndarray, eval_mode: bool) -> np.ndarray:
         """Raises: UserError where the agent's action, (action_dim,), is not finite."""
@@ -237,6 +251,8 @@ class Workspace:
     def warn_if_dead(self):
         """Warn once, at the first evaluation after DEAD_AFTER of the frames, if nothing was
         learnt."""
+        if not self.agent.pursues_reward:
+            return
         (_, untrained, spread), *later = self.evaluations
         late = [frame >= DEAD_AFTER * self.cfg.num_train_frames for frame, *_ in later]
         if sum(late) != 1 or not late[-1] or self.global_step >= self.num_train_steps:

@@ -6,6 +6,7 @@ as they are and are worked out once. The folder of the run gets snapshot.pt, to 
 best.pt, which is the one to use: the translator with the lowest loss on held-out episodes in
 held-out contexts, with its code.
 """
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -431,134 +432,159 @@ def open_splits(cfg) -> dict[str, video.Clips]:
     return clips
 
 
-def train(cfg, work_dir: Path, stop: utils.Stop | None = None):
-    """The whole run, from its last snapshot on where there is one.
-
-    Args:
-      stop: ends the run between two steps, with a snapshot.
+class Run:
+    """A run in its folder, which goes on from its last snapshot where there is one.
 
     Raises: UserError for bad settings or data, before anything is written.
     """
-    stop = stop or utils.Stop()
-    check_settings(cfg)
-    utils.set_precision(cfg.precision)
-    device = utils.pick_device(cfg.device)
-    splits = open_splits(cfg)
-    clips = splits['train']
-    num_pairs = {'play': round(cfg.play_share * cfg.batch_size)}
-    num_pairs['train'] = cfg.batch_size - num_pairs['play']
-    samplers = {name: PairSampler(splits[name], cfg.pairs, cfg.frames_per_clip, cfg.augment_mirror,
-                                  cfg.augment_colours, cfg.seed)
-                for name in ('train', 'play') if num_pairs[name]}
-    utils.prepare_cpu()
-    utils.set_seed_everywhere(cfg.seed)
-    model_args = {**OmegaConf.to_container(cfg.model), 'im_size': clips.meta['im_size']}
-    if cfg.model.code_dim:
-        model_args['action_dim'] = len(splits['play'].episode(0)['actions'][0])
-    model = ContextTranslator(**model_args).to(device)
-    evaluator = Evaluator(splits['valid'], clips, cfg.pairs, cfg.num_eval_clips, device)
-    optimizers = {'translator': torch.optim.Adam(model.image_parameters(), fused=True)}
-    num_steps = cfg.num_train_steps
-    if model.code:
-        optimizers['code'] = torch.optim.Adam(model.code.parameters(), fused=True)
-        num_steps += cfg.code.num_steps
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == 'bf16')
 
-    made_by = {'weights': OmegaConf.to_container(cfg.weights),
-               'code': OmegaConf.to_container(cfg.code) if model.code else None,
-               'expert_sha256': clips.meta['expert_sha256'],
-               'num_clips': len(clips), 'num_play': len(splits.get('play', ())),
-               'videos': clips.meta['versions'], 'quality': clips.meta['quality'],
-               **{key: cfg[key] for key in (
-                   'seed', 'recipe', 'pairs', 'num_train_steps', 'batch_size', 'frames_per_clip',
-                   'play_share', 'augment_mirror', 'augment_colours', 'precision', 'lr',
-                   'max_grad_norm')}}
-    made = {'model_args': model_args, 'made_by': made_by}
-    path, best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'
-    step, best, elapsed, scores = 0, float('inf'), 0.0, {}
-    state = utils.load_last(work_dir, 'translator', cfg.task_name)
-    if state:
-        with utils.must_fit(path, 'start a new run'):
-            utils.require_same_run(work_dir, state, {**model_args, **made_by})
-            model.load_state_dict(state['model'])
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(state['optimizers'][name])
-            for name, sampler in samplers.items():
-                sampler.rng.bit_generator.state = state['samplers'][name]
-            step, best, elapsed = state['step'], state['best'], state['elapsed']
-            scores = state['scores']
-            utils.set_rng_states(state['rng'])
-    utils.keep_config(cfg)
-    timer = utils.Timer(elapsed)
-    logger = Logger(work_dir, num_steps, 'step', step, cfg.use_tb,
-                    OmegaConf.to_container(cfg, resolve=True))
-    windows = None
+    def __init__(self, cfg, work_dir: Path):
+        check_settings(cfg)
+        self.cfg, self.work_dir, self.stop = cfg, work_dir, utils.Stop()
+        utils.set_precision(cfg.precision)
+        self.device = utils.pick_device(cfg.device)
+        self.splits = splits = open_splits(cfg)
+        clips = splits['train']
+        self.num_pairs = {'play': round(cfg.play_share * cfg.batch_size)}
+        self.num_pairs['train'] = cfg.batch_size - self.num_pairs['play']
+        self.samplers = {name: PairSampler(splits[name], cfg.pairs, cfg.frames_per_clip,
+                                           cfg.augment_mirror, cfg.augment_colours, cfg.seed)
+                         for name in ('train', 'play') if self.num_pairs[name]}
+        utils.prepare_cpu()
+        utils.set_seed_everywhere(cfg.seed)
+        model_args = {**OmegaConf.to_container(cfg.model), 'im_size': clips.meta['im_size']}
+        if cfg.model.code_dim:
+            model_args['action_dim'] = len(splits['play'].episode(0)['actions'][0])
+        self.model = model = ContextTranslator(**model_args).to(self.device)
+        self.evaluator = Evaluator(splits['valid'], clips, cfg.pairs, cfg.num_eval_clips,
+                                   self.device)
+        self.optimizers = {'translator': torch.optim.Adam(model.image_parameters(), fused=True)}
+        self.num_steps = cfg.num_train_steps
+        if model.code:
+            self.optimizers['code'] = torch.optim.Adam(model.code.parameters(), fused=True)
+            self.num_steps += cfg.code.num_steps
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16,
+                                       enabled=cfg.precision == 'bf16')
+        made_by = {'weights': OmegaConf.to_container(cfg.weights),
+                   'code': OmegaConf.to_container(cfg.code) if model.code else None,
+                   'expert_sha256': clips.meta['expert_sha256'],
+                   'num_clips': len(clips), 'num_play': len(splits.get('play', ())),
+                   'videos': clips.meta['versions'], 'quality': clips.meta['quality'],
+                   **{key: cfg[key] for key in (
+                       'seed', 'recipe', 'pairs', 'num_train_steps', 'batch_size',
+                       'frames_per_clip', 'play_share', 'augment_mirror', 'augment_colours',
+                       'precision', 'lr', 'max_grad_norm')}}
+        self.made = {'model_args': model_args, 'made_by': made_by}
+        self.path, self.best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'
+        self.step, self.best, self.scores, elapsed = 0, float('inf'), {}, 0.0
+        if last := utils.load_last(work_dir, 'translator', cfg.task_name):
+            with utils.must_fit(self.path, 'start a new run'):
+                utils.require_same_run(work_dir, last, {**model_args, **made_by})
+                model.load_state_dict(last['model'])
+                for name, optimizer in self.optimizers.items():
+                    optimizer.load_state_dict(last['optimizers'][name])
+                for name, sampler in self.samplers.items():
+                    sampler.rng.bit_generator.state = last['samplers'][name]
+                self.step, self.best, self.scores = last['step'], last['best'], last['scores']
+                elapsed = last['elapsed']
+                utils.set_rng_states(last['rng'])
+        if self.step < self.num_steps:
+            size = utils.num_bytes(model.state_dict())
+            utils.check_disk(work_dir, utils.snapshot_space(self.best_path, size)
+                             + utils.snapshot_space(self.path, 3 * size),  # and Adam's moments
+                             'what the run saves', 'make room, or set hydra.run.dir elsewhere')
+        utils.keep_config(cfg)
+        self.timer = utils.Timer(elapsed)
+        self.logger = Logger(work_dir, self.num_steps, 'step', self.step, cfg.use_tb,
+                             OmegaConf.to_container(cfg, resolve=True))
 
-    while step < num_steps:
-        if step < cfg.num_train_steps:
+    def train_translator(self):
+        cfg = self.cfg
+        while self.step < cfg.num_train_steps:
             # draw pairs of clips, of demonstrations and of play
-            pairs = [sampler.sample(num_pairs[name]) for name, sampler in samplers.items()]
-            batch = [torch.cat(part).to(device, non_blocking=True)
+            pairs = [sampler.sample(self.num_pairs[name])
+                     for name, sampler in self.samplers.items()]
+            batch = [torch.cat(part).to(self.device, non_blocking=True)
                      for part in zip(*pairs, strict=True)]
-            with autocast:
-                loss, metrics = model.losses(*batch, **cfg.weights)
-            update(loss, model, optimizers['translator'], utils.schedule(cfg.lr, step),
-                   cfg.max_grad_norm)
-        else:
-            # fit the code to the features of the best translator
-            if windows is None:
-                if step == cfg.num_train_steps:
-                    at_best = utils.load_snapshot(best_path, 'translator', cfg.task_name)
-                    # but for the code: the run may have been killed after the code's last step
-                    model.load_state_dict({**at_best['model'], **{
-                        name: value for name, value in model.state_dict().items()
-                        if name.startswith('code.')}})
-                    scores = at_best['scores']
-                windows = FeatureWindows(model, splits, cfg.code.window, autocast)
-                if step == cfg.num_train_steps:
-                    model.code.fit_scales(*windows.all())
+            with self.autocast:
+                loss, metrics = self.model.losses(*batch, **cfg.weights)
+            update(loss, self.model, self.optimizers['translator'],
+                   utils.schedule(cfg.lr, self.step), cfg.max_grad_norm)
+            self.end_step(metrics, cfg.num_train_steps, self.evaluate, cfg.eval_every)
+
+    def evaluate(self) -> dict[str, float]:
+        scores, images = self.evaluator(self.model, self.cfg.weights.foreground, self.autocast)
+        film = self.evaluator.film(images, self.cfg.num_eval_videos)
+        video.save(self.work_dir / f'eval_video/{self.step}.mp4', film)
+        self.logger.log_film(film, self.step)
+        return scores
+
+    def fit_code(self):
+        """Fit the code to the features of the best translator."""
+        cfg, model, begins = self.cfg, self.model, self.step == self.cfg.num_train_steps
+        if begins:
+            best = utils.load_snapshot(self.best_path, 'translator', cfg.task_name)['model']
+            # but for the code: the run may have been killed after the code's last step
+            model.load_state_dict({name: value for name, value in best.items()
+                                   if not name.startswith('code.')}, strict=False)
+        with self.stop.at_once():
+            windows = FeatureWindows(model, self.splits, cfg.code.window, self.autocast)
+            if begins:
+                model.code.fit_scales(*windows.all())
+        while self.step < self.num_steps:
             loss, metrics = model.code.losses(*windows.sample(cfg.code.batch_size),
                                               **cfg.code.weights)
-            metrics = {f'code_{name}': value for name, value in metrics.items()}
-            update(loss, model.code, optimizers['code'],
-                   utils.schedule(cfg.code.lr, step - cfg.num_train_steps), cfg.max_grad_norm)
-        step += 1
-        logger.log_metrics(metrics, step)
+            update(loss, model.code, self.optimizers['code'],
+                   utils.schedule(cfg.code.lr, self.step - cfg.num_train_steps), cfg.max_grad_norm)
+            self.end_step({f'code_{name}': value for name, value in metrics.items()},
+                          self.num_steps,
+                          lambda: self.scores | measure_code(model, self.splits, self.autocast))
 
-        translated, last = step == cfg.num_train_steps, step == num_steps
-        snapshot_now = translated or last or step % cfg.snapshot_every == 0 or bool(stop.asked)
+    def end_step(self, metrics: dict, end: int, evaluate: Callable, evaluate_every: int = 0):
+        """Log a step of the phase that ends at step `end`; there and where it is due, evaluate and
+        save."""
+        self.step += 1
+        self.logger.log_metrics(metrics, self.step)
+        at_end = self.step == end
+        snapshot_now = at_end or self.step % self.cfg.snapshot_every == 0 or bool(self.stop.asked)
         # with each snapshot too: means over steps before and after it would not survive a kill
-        if snapshot_now or step % cfg.log_every == 0:
-            logger.log_metrics({'total_time': timer.total()}, step)
-            logger.dump(step)
-        if step <= cfg.num_train_steps and (translated or step % cfg.eval_every == 0):
-            now, images = evaluator(model, cfg.weights.foreground, autocast)
-            logger.log_metrics({**now, **evaluator.baselines}, step, 'eval')
-            logger.dump(step, 'eval')
-            film = evaluator.film(images, cfg.num_eval_videos)
-            video.save(work_dir / f'eval_video/{step}.mp4', film)
-            logger.log_film(film, step)
-            if now['trans'] < best:
-                best, scores = now['trans'], now
-                utils.save_snapshot(best_path, 'translator', cfg.task_name, {
-                    **made, 'model': model.state_dict(), 'step': step, 'scores': scores})
-        elif last:
-            scores = scores | measure_code(model, splits, autocast)
-            logger.log_metrics({**scores, **evaluator.baselines}, step, 'eval')
-            logger.dump(step, 'eval')
-            utils.save_snapshot(best_path, 'translator', cfg.task_name, {
-                **made, 'model': model.state_dict(), 'step': step, 'scores': scores})
+        if snapshot_now or self.step % self.cfg.log_every == 0:
+            self.logger.log_metrics({'total_time': self.timer.total()}, self.step)
+            self.logger.dump(self.step)
+        if at_end or evaluate_every and self.step % evaluate_every == 0:
+            with self.stop.at_once():
+                scores = evaluate()
+            self.logger.log_metrics({**scores, **self.evaluator.baselines}, self.step, 'eval')
+            self.logger.dump(self.step, 'eval')
+            if scores['trans'] <= self.best:  # of a translator with its code it is the same
+                self.best, self.scores = scores['trans'], scores
+                self.save(self.best_path)
         if snapshot_now:
-            utils.save_snapshot(path, 'translator', cfg.task_name, {
-                **made, 'model': model.state_dict(),
-                'optimizers': {name: optimizer.state_dict()
-                               for name, optimizer in optimizers.items()},
-                'samplers': {name: sampler.rng.bit_generator.state
-                             for name, sampler in samplers.items()},
-                'step': step, 'best': best, 'scores': scores, 'elapsed': timer.total(),
-                'rng': utils.get_rng_states()})
-            stop.raise_if_asked()
-    logger.close()
+            self.save(self.path, best=self.best, elapsed=self.timer.total(),
+                      optimizers={key: adam.state_dict() for key, adam in self.optimizers.items()},
+                      samplers={key: each.rng.bit_generator.state
+                                for key, each in self.samplers.items()},
+                      rng=utils.get_rng_states())
+            self.stop.raise_if_asked()
+
+    def save(self, path: Path, **to_resume):
+        utils.save_snapshot(path, 'translator', self.cfg.task_name, {
+            **self.made, 'model': self.model.state_dict(), 'step': self.step,
+            'scores': self.scores, **to_resume})
+
+
+def train(cfg, work_dir: Path):
+    """Train the translator, then the code; on Ctrl-C and SIGTERM end after the step, with a
+    snapshot, but while it encodes or evaluates at once and without one.
+
+    Raises: utils.Interrupted in these cases; UserError, see `Run`.
+    """
+    run = Run(cfg, work_dir)
+    with run.stop:
+        run.train_translator()
+        if run.step < run.num_steps:
+            run.fit_code()
+    run.logger.close()
 
 
 def measure_code(model: ContextTranslator, splits: dict[str, video.Clips], autocast
@@ -578,8 +604,8 @@ def measure_code(model: ContextTranslator, splits: dict[str, video.Clips], autoc
 @utils.main('train_ct', dmc.task_names(), check_settings)
 def main(cfg):
     work_dir = utils.work_dir()
-    with utils.only_one_at_work(work_dir), utils.Stop() as stop:
-        train(cfg, work_dir, stop)
+    with utils.only_one_at_work(work_dir):
+        train(cfg, work_dir)
     print(f'snapshot: {work_dir / "best.pt"}\n'
           f'next: python utils.py slim {work_dir / "best.pt"} ct/{cfg.task_name}.pt && '
           f'python train_ac.py task={cfg.task_name} data_dir={cfg.data_dir}'

@@ -20,8 +20,9 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -436,6 +437,7 @@ def raise_interrupts():
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             before[number] = signal.signal(number, _raise_interrupt)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those of the script's imports
         yield
     finally:
         for number, handler in before.items():
@@ -447,7 +449,8 @@ class Stop:
     steps. It also holds back a launcher's answer to SIGUSR1 and SIGUSR2 (submitit's requeues)."""
 
     def __init__(self):
-        self.asked = None  # the number of the signal
+        self.asked = None  # the number of the signal that was held back
+        self._held = {}
 
     def __enter__(self):
         in_main = threading.current_thread() is threading.main_thread()
@@ -461,9 +464,22 @@ class Stop:
         return self
 
     def __exit__(self, *_):
-        if not self.asked:
-            for number, handler in self._held.items():
+        for number, handler in self._held.items():
+            if signal.getsignal(number) == self._note:  # else a signal has come
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Within the block signals are not held back: for long work of which nothing half done is
+        kept. `asked` stays None then.
+
+        Raises: Interrupted where one was held back before.
+        """
+        self.__exit__()
+        self.raise_if_asked()
+        yield
+        for number in self._held:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame):
         self.asked = number
@@ -640,6 +656,13 @@ def reserve(path: Path):
                 raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def snapshot_space(path: Path, num_bytes: int) -> int:
+    """Return how many bytes have to be free for snapshots of such a size: the next is written while
+    the last two are still there."""
+    there = sum(p.stat().st_size for p in (path, previous(path)) if p.exists())
+    return max(3 * num_bytes - there, 0)
+
+
 def _size(num_bytes: int) -> str:
     unit = next((unit for unit in ('GiB', 'MiB') if num_bytes >= UNITS[unit]), 'KiB')
     return f'{num_bytes / UNITS[unit]:.1f} {unit}'
@@ -759,7 +782,8 @@ def save_snapshot(path: str | Path, kind: str, task: str, payload: dict):
     Raises: UserError where a weight is nan or infinite; nothing is written then.
     """
     path = Path(path)
-    if not _all_finite([payload.get('agent'), payload.get('model')]):
+    if not all(tensor.isfinite().all() for tensor in
+               _tensors([payload.get('agent'), payload.get('model')])):
         raise diverged(path)
     with atomic_write(path) as tmp:
         torch.save({'format': FORMAT, 'kind': kind, 'task': task, 'versions': versions(),
@@ -776,12 +800,20 @@ def diverged(path: str | Path) -> UserError:
                      'lower learning rate.')
 
 
-def _all_finite(values) -> bool:
+def _tensors(values) -> Iterator[torch.Tensor]:
+    """Yields the tensors in nested dicts and lists."""
     if isinstance(values, torch.Tensor):
-        return bool(values.isfinite().all())
-    if isinstance(values, dict | list):
-        return all(map(_all_finite, values.values() if isinstance(values, dict) else values))
-    return True
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for part in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(part)
+
+
+def num_bytes(values) -> int:
+    """Return how many bytes the tensors in nested dicts and lists take: each once, and views as if
+    copied."""
+    return sum({id(tensor): tensor.numel() * tensor.element_size()
+                for tensor in _tensors(values)}.values())
 
 
 def previous(path: Path) -> Path:
@@ -810,6 +842,8 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
             if changed := archive.testzip():
                 raise zipfile.BadZipFile(changed)
         payload = torch.load(found, map_location='cpu', weights_only=True)
+        if num_bytes(payload) > found.stat().st_size:  # copied, an expanded one would take memory
+            raise ValueError('tensors that are larger than the file')
     except MemoryError:
         raise
     except PermissionError as error:
@@ -825,6 +859,24 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
     if task is not None and payload['task'] != task:
         raise UserError(f"{found} is for task {payload['task']}, not {task}: {remedy}.")
     return payload
+
+
+def rebuild(make: Callable, args: dict, weights: dict):
+    """Return `make(**args)`, an agent or a model, on the CPU and with the weights of a snapshot.
+
+    It is first made on PyTorch's device 'meta', which takes no memory: whatever the arguments say,
+    no more is built than belongs to the weights.
+
+    Raises: RuntimeError and others where they do not go together, see `must_fit`.
+    """
+    for device in ('meta', 'cpu'):
+        with torch.device(device), warnings.catch_warnings(action='ignore'):
+            made = make(**args)
+            made.load_state_dict(weights)  # on 'meta' it compares, copies nothing, and says so
+        # A slim snapshot lacks what only training needs: some ten times as much, in full precision.
+        if num_bytes(made.state_dict()) > 100 * num_bytes(weights):
+            raise ValueError('sizes that are not those of the weights')
+    return made
 
 
 @contextlib.contextmanager

@@ -181,9 +181,12 @@ def malicious(path: Path, read: Callable) -> Counter:
     made = torch.load(path, weights_only=True)
     args = 'agent_args' if 'agent_args' in made else 'model_args'
     weights = 'agent' if args == 'agent_args' else 'model'
-    sizes = {key: 10 ** 12 for key in made[args] if key in ('hidden_dim', 'hidden', 'z_dim')}
+    sizes = [{key: size} for size in (60_000, 10 ** 6, 10 ** 12) for key in made[args]
+             if key in ('hidden_dim', 'hidden', 'z_dim', 'code_dim', 'num_frames', 'im_size')]
+    expanded = torch.zeros(1).expand(10 ** 11)
     for content in (Code(), {**made, weights: Code()}, {}, [], {**made, 'made_by': None},
-                    {**made, args: None}, {**made, args: made[args] | sizes},
+                    {**made, args: None}, {**made, weights: expanded},
+                    *({**made, args: made[args] | size} for size in sizes),
                     *({other: made[other] for other in made if other != key}
                       for key in ('made_by', args, weights))):
         torch.save(content, path)
@@ -295,6 +298,8 @@ def full_disk(command: list[str], whole: bytes, folder: Path, size: int) -> Coun
                       check=False).returncode:
         return Counter()
     try:
+        if not command[0].startswith('generate'):
+            command = [*command, 'use_tb=true']
         process = start(command, folder / 'run')
         output = finish(process)
         if process.returncode == 0:

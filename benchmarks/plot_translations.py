@@ -24,8 +24,7 @@ def translations(snapshot: Path, clips: video.Clips, num_episodes: int, steps: l
                  ) -> list[np.ndarray]:
     """-> for each episode uint8 (3, len(steps), H, W, 3): source, translation, truth."""
     made = utils.load_snapshot(snapshot, 'translator', clips.meta['task'])
-    model = ContextTranslator(**made['model_args'])
-    model.load_state_dict(made['model'])
+    model = utils.rebuild(ContextTranslator, made['model_args'], made['model'])
     demos = Demonstrations(model.only_answer(torch.device('cpu'), torch.bfloat16), clips)
     parts = []
     for i in range(num_episodes):

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -197,6 +198,38 @@ def test_a_player_goes_with_its_translator_and_action_repeat(dataset, snapshot, 
     with pytest.raises(utils.UserError, match='action_repeat=3'):
         load_imitator(player[0].removeprefix('player='), player[1].removeprefix('translator='),
                       tmp_path / 'train', 'reacher_easy')
+
+
+ABSURD = {
+    'expert': [{'hidden_dim': 60_000}, {'hidden_dim': 10 ** 12}, {'feature_dim': 10 ** 7},
+               {'obs_shape': [10 ** 9]}, {'obs_shape': [10 ** 5, 84, 84]},
+               {'obs_shape': [3, 10 ** 6, 10 ** 6]}, {'action_dim': 10 ** 7}],
+    'translator': [{'z_dim': 10 ** 6}, {'channels': [10 ** 6] * 4}, {'hidden': 60_000},
+                   {'code_dim': 10 ** 6}, {'im_size': 16 * 10 ** 5}, {'kernel': 10 ** 5}],
+    'imitator': [{'hidden_dim': 60_000}, {'num_frames': 10 ** 5}, {'num_actions': 10 ** 8},
+                 {'feature_dim_of_frame': 10 ** 6},
+                 # its input stays as large as it was, that of its inverse model does not
+                 {'feature_dim_of_frame': 10 ** 6, 'num_frames': 10, 'num_actions': -5 * 10 ** 6}]}
+
+
+@pytest.mark.parametrize('kind', ABSURD)
+def test_absurd_sizes_are_refused_before_they_take_memory(dataset, snapshot, player, tmp_path,
+                                                          kind):
+    paths = {'expert': snapshot, **{name: Path(option.partition('=')[2]) for name, option in
+                                    zip(('imitator', 'translator'), player, strict=True)}}
+    made = torch.load(paths[kind], weights_only=True)
+    paths[kind] = tmp_path / 'absurd.pt'
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for sizes in ABSURD[kind]:
+        args = 'model_args' if kind == 'translator' else 'agent_args'
+        torch.save({**made, args: made[args] | sizes}, paths[kind])
+        with pytest.raises(utils.UserError, match='absurd.pt does not hold what it should'):
+            if kind == 'expert':
+                script.load_expert(paths['expert'], 'reacher_easy')
+            else:
+                load_imitator(paths['imitator'], paths['translator'], dataset / 'train',
+                              'reacher_easy')
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
 def test_noise_is_a_function_of_the_seed_and_differs_by_episode():
@@ -435,6 +468,27 @@ def test_interrupted(snapshot, tmp_path, sig):
         assert 'Traceback' not in error and not list(tmp_path.rglob('.tmp-*'))
     assert json.loads((root / 'meta.json').read_text())['num_episodes'] == 400
     assert len(workers) >= 2 and os.getpid() not in workers
+
+
+@pytest.mark.parametrize('starting', ['main', 'workers'])
+def test_ctrl_c_while_modules_are_imported(snapshot, tmp_path, starting):
+    """A terminal sends it to the workers as well."""
+    process = subprocess.Popen(
+        [sys.executable, REPO / 'generate_expert_video.py', *SIZES, 'num_workers=2',
+         f'snapshot={snapshot}', f'out_dir={tmp_path / "videos"}'],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def spawned():
+        return [pid for pid in children(process.pid)
+                if b'spawn_main' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+    if starting == 'workers':
+        wait_until(lambda: process.poll() is not None or len(spawned()) == 2)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and 'Traceback' not in error
+    assert 'to resume: python generate_expert_video.py task=' in error
+    assert (tmp_path / 'videos').exists() == (starting == 'workers')
 
 
 def test_two_generations_do_not_share_a_folder(dataset, snapshot):

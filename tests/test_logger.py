@@ -1,5 +1,7 @@
 import csv
+import errno
 import io
+import threading
 import tracemalloc
 
 import imageio.v3 as iio
@@ -8,6 +10,7 @@ import pytest
 import torch
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+import utils
 from logger import SCORE, Logger, Progress
 
 
@@ -128,6 +131,26 @@ def test_tensorboard_points_survive_a_resume_without_doubles(tmp_path):
     for tag in ('train/reward', 'eval/reward'):
         points = [(event.step, event.value) for event in events.Scalars(tag)]
         assert points == [(step, step / 10) for step in (0, 100, 200, 300, 400)]
+
+
+def test_tensorboard_on_a_full_disk_ends_the_run_in_a_sentence(tmp_path, monkeypatch, capsys):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    monkeypatch.setattr(threading, 'excepthook', threading.__excepthook__)  # not pytest's
+    logger = make_logger(tmp_path, use_tb=True)
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, 'No space left on device', 'tb/events')
+    monkeypatch.setattr(RecordWriter, 'write', write)
+    logger.log_metrics({'reward': 1.0}, 5)
+    with pytest.raises(SystemExit) as end, utils.exit_on_user_error():
+        logger.dump(5)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith('error: the disk of tb/events is full')
+    assert said.count('\n') == 1
+    broken = threading.Thread(target=lambda: 1 / 0)
+    broken.start()
+    broken.join()
+    assert 'ZeroDivisionError' in capsys.readouterr().err
 
 
 def test_speed_and_time_left(clock):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,6 +153,27 @@ def test_an_interrupted_run_ends_after_the_step_with_a_snapshot(tmp_path, number
         '0', '100', '200', '300', '400']
 
 
+@pytest.mark.parametrize('overlap', [False, True])
+def test_a_first_update_that_is_broken_off_starts_again(tmp_path, overlap):
+    """An imitator pretrains in it: minutes, of which nothing half done is kept."""
+    make(tmp_path / 'whole', False).train()
+    workspace = make(tmp_path / 'broken', False)
+    workspace.overlap, update = overlap, workspace.agent.update
+
+    def interrupted(*args):
+        if metrics := update(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError('the signal was held back')
+        return metrics
+    workspace.agent.update = interrupted
+    with pytest.raises(utils.Interrupted), utils.raise_interrupts():
+        workspace.train()
+    assert workspace.global_step > 0 and not list((tmp_path / 'broken').glob('*.pt'))
+    make(tmp_path / 'broken', False).train()
+    whole, again = weights(tmp_path / 'whole'), weights(tmp_path / 'broken')
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
 @pytest.mark.parametrize('at, evaluating', [(130, False), (150, True)])
 def test_actions_that_are_not_finite_end_the_run_in_a_sentence(tmp_path, at, evaluating):
     """They reach the physics before their weights reach a snapshot."""
@@ -237,6 +259,30 @@ def test_a_dead_run_is_told_once_and_a_live_one_is_not(tmp_path, capsys):
     workspace.evaluations[1:] = [[80, 6.5, 1.0], [100, 5.0, 1.0]]
     workspace.warn_if_dead()
     assert not capsys.readouterr().out
+    workspace.evaluations[1:] = [[100, 5.0, 1.0]]
+    for pursues_reward in (False, True):
+        workspace.agent.pursues_reward = pursues_reward
+        workspace.warn_if_dead()
+        assert bool(capsys.readouterr().out) == pursues_reward
+
+
+def test_a_disk_too_small_for_the_snapshots_is_told_before_anything_is_written(tmp_path,
+                                                                               monkeypatch):
+    workspace = make(tmp_path / 'run', False)
+    row = 5 * 4 + 2 * 4 + 2 * 4 + 3 * 8
+    ring = (1000 + 4 * 60 + 5 * 1001 + 1) * row
+    snapshot = 3 * utils.num_bytes(workspace.agent.state_dict())
+    workspace.train()
+    saved = (tmp_path / 'run/snapshot.pt').stat().st_size
+    assert saved / 1.5 < snapshot < 1.5 * saved
+    disk = SimpleNamespace(free=3 * snapshot + ring // 2)
+    monkeypatch.setattr(utils.shutil, 'disk_usage', lambda _: disk)
+    with pytest.raises(UserError, match='the replay buffer with snapshots in .* needs .* KiB and '
+                                        '.* are free: set replay_buffer_size'):
+        make(tmp_path / 'new', False)
+    assert not list((tmp_path / 'new').iterdir())
+    disk.free = 3 * snapshot + ring
+    make(tmp_path / 'new', False)
 
 
 def test_a_finished_run_can_be_looked_at_again_but_not_prolonged(tmp_path):

@@ -1,4 +1,6 @@
 import argparse
+import os
+import signal
 import subprocess
 from types import SimpleNamespace
 
@@ -162,6 +164,29 @@ def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, tmp_pat
     assert any(key[0] == 'inverse_opt' for key in whole) == (recipe == 'pose_code')
     for name in ('train.csv', 'eval.csv'):
         assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
+
+
+@pytest.mark.parametrize('recipe, changes', VARIANTS[1:2])
+@pytest.mark.parametrize('owner, name', [(ContextTranslator, 'encode'),
+                                         (ac_agent.ACAgent, 'update_clone')])
+def test_long_work_is_broken_off_at_once_and_done_again(cfg, tmp_path, monkeypatch, owner, name):
+    """While demonstrations are encoded, and in pretraining."""
+    make(cfg, tmp_path / 'whole').train()
+    calls, function = [], getattr(owner, name)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError('the signal was held back')
+        return function(*args)
+    with (monkeypatch.context() as patch, pytest.raises(utils.Interrupted),
+          utils.raise_interrupts()):
+        patch.setattr(owner, name, interrupted)
+        make(cfg, tmp_path / 'broken', overlap=True).train()
+    assert not list((tmp_path / 'broken').glob('*.pt'))
+    make(cfg, tmp_path / 'broken', overlap=True).train()
+    assert same(*(agent_state(tmp_path / name) for name in ('whole', 'broken')))
 
 
 @pytest.mark.parametrize('recipe', ['liu2017'])  # codes have a scale of their own

@@ -14,6 +14,7 @@ import dmc
 import train_ct
 import utils
 import video
+from ct_model import PoseCode
 from train_ct import FeatureWindows, PairSampler, PoseProbe, ssim_map, train
 from utils import UserError
 
@@ -244,13 +245,50 @@ def test_an_interrupted_and_resumed_run_ends_as_one_that_ran_through(data, tmp_p
             os.kill(os.getpid(), signal.SIGTERM)
         update(*args)
     monkeypatch.setattr(train_ct, 'update', interrupted)
-    with pytest.raises(utils.Interrupted), utils.raise_interrupts(), utils.Stop() as stop:
-        train(cfg, tmp_path / 'interrupted', stop)
+    with pytest.raises(utils.Interrupted), utils.raise_interrupts():
+        train(cfg, tmp_path / 'interrupted')
     train(cfg, tmp_path / 'interrupted')
     assert len(steps) == 19
     whole, again = (utils.load_snapshot(tmp_path / run / 'best.pt', 'translator', 'fake_walk')
                     for run in ('whole', 'interrupted'))
     require_equal(whole, again)
+
+
+@pytest.mark.parametrize('owner, name, saved', [
+    (train_ct.Evaluator, '__init__', None), (train_ct.Evaluator, '__call__', 3),
+    (FeatureWindows, '__init__', 12), (PoseCode, 'fit_scales', 12),
+    (train_ct, 'measure_code', 18)])
+def test_long_work_is_broken_off_at_once_and_done_again(data, tmp_path, monkeypatch, unmeasured,
+                                                        owner, name, saved):
+    cfg = config(data, recipe='pose_code')
+    train(cfg, tmp_path / 'whole')
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError('the signal was held back')
+    with (monkeypatch.context() as patch, pytest.raises(utils.Interrupted),
+          utils.raise_interrupts()):
+        patch.setattr(owner, name, interrupted)
+        train(cfg, tmp_path / 'broken')
+    path = tmp_path / 'broken/snapshot.pt'
+    assert (utils.load_snapshot(path, 'translator')['step'] if path.exists() else None) == saved
+    train(cfg, tmp_path / 'broken')
+    for file in ('snapshot.pt', 'best.pt'):
+        whole, again = (utils.load_snapshot(tmp_path / run / file, 'translator', 'fake_walk')
+                        for run in ('whole', 'broken'))
+        whole.pop('elapsed', None), again.pop('elapsed', None)
+        require_equal(whole, again, file)
+    for file in ('train.csv', 'eval.csv'):
+        assert rows(tmp_path / 'whole' / file) == rows(tmp_path / 'broken' / file)
+
+
+def test_a_disk_too_small_for_what_is_saved_is_told_before_anything_is_written(data, tmp_path,
+                                                                               monkeypatch):
+    cfg = config(data, recipe='pose_code')
+    monkeypatch.setattr(utils.shutil, 'disk_usage', lambda _: SimpleNamespace(free=2 ** 19))
+    with pytest.raises(UserError, match=r'needs \d+\.\d MiB and 512.0 KiB are free: make room'):
+        train(cfg, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_the_code_is_fitted_to_the_best_translator(data, tmp_path, monkeypatch, unmeasured):

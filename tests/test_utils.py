@@ -107,6 +107,41 @@ def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
         {}['agent_args']
 
 
+def test_tensors_larger_than_their_file_are_refused(tmp_path):
+    """Copied, they would take their whole size."""
+    path = tmp_path / 'snapshot.pt'
+    for bomb in (torch.zeros(1).expand(10 ** 12), torch.empty(10 ** 12, device='meta'),
+                 torch.zeros(8, 8).as_strided((10 ** 5, 10 ** 5), (0, 0))):
+        for nested in (bomb, {'w': bomb}, [(bomb,)]):
+            torch.save({'format': 1, 'kind': 'expert', 'task': 'x', 'made_by': {},
+                        'agent': nested}, path)
+            with pytest.raises(UserError, match='is damaged.*ValueError'):
+                utils.load_snapshot(path, 'expert')
+
+
+class Half(torch.nn.Linear):
+    """Its weights are but half of what it needs, as in a slim snapshot."""
+
+    def __init__(self, size, spare=10):
+        super().__init__(size, size)
+        self.spare = torch.nn.Linear(spare, spare)
+
+    def load_state_dict(self, weights):
+        super().load_state_dict(weights, strict=False)
+
+
+def test_no_more_is_built_than_belongs_to_the_weights():
+    weights = torch.nn.Linear(10, 10).state_dict()
+    state = torch.get_rng_state()
+    rebuilt = utils.rebuild(Half, {'size': 10}, weights)
+    assert torch.equal(rebuilt.weight, weights['weight']) and rebuilt.weight.device.type == 'cpu'
+    torch.set_rng_state(state)
+    assert torch.equal(Half(10).spare.weight, rebuilt.spare.weight)  # as if made only once
+    for args in ({'size': 10 ** 6}, {'size': 10 ** 9}, {'size': 10, 'spare': 10 ** 6}):
+        with pytest.raises((RuntimeError, ValueError)):
+            utils.rebuild(Half, args, weights)
+
+
 def test_a_runs_folder_alone_stands_for_its_options(tmp_path):
     folder = f'hydra.run.dir={tmp_path}'
     assert utils.with_own_options([folder]) == [folder]  # a new run
@@ -176,6 +211,13 @@ def test_a_full_disk_is_told_and_costs_no_snapshot(tmp_path, monkeypatch, capsys
         utils.check_disk(tmp_path, 2048, 'it', 'wait')
 
 
+def test_the_next_snapshot_is_written_beside_the_last_two(tmp_path):
+    path = tmp_path / 'snapshot.pt'
+    for num, needed in enumerate((300, 200, 100)):
+        assert utils.snapshot_space(path, 100) == needed
+        (path if not num else utils.previous(path)).write_bytes(bytes(100))
+
+
 def test_a_full_disk_is_told_wherever_it_is_met(capsys):
     with pytest.raises(SystemExit) as end, utils.exit_on_user_error():
         raise OSError(errno.ENOSPC, 'no space', 'train.csv')
@@ -235,6 +277,22 @@ def test_a_second_signal_ends_the_process(tmp_path):
             "    time.sleep(9)\n")
     run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, check=False)
     assert run.returncode == -signal.SIGTERM
+
+
+def test_what_leaves_nothing_half_done_can_be_ended_at_once():
+    with utils.raise_interrupts(), utils.Stop() as stop:
+        with pytest.raises(utils.Interrupted), stop.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError('it was held back')
+        assert not stop.asked
+    with utils.raise_interrupts(), utils.Stop() as stop:
+        with stop.at_once():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)  # held back again
+        assert stop.asked == signal.SIGTERM
+        with pytest.raises(utils.Interrupted), stop.at_once():
+            raise AssertionError('it was asked before')
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_what_is_ignored_or_answered_by_a_launcher_stays_so(monkeypatch):
