@@ -118,18 +118,25 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
     frames = [panels for clip in clips for panels in [*clip, *[clip[-1]] * 10]]
     path = workspace.work_dir / 'demo.mp4'
     video.save(path, video.panels_side_by_side(frames))
-    span = result['expert_return'] - result['random_return']
-    score = (result['task_return'] - result['random_return']) / span if span else float('nan')
     text = (f"| {workspace.cfg.task_name}, held-out episodes and contexts | |\n|---|---|\n"
             f"| return, random | {result['random_return']:.1f} |\n"
-            f"| return, imitator | {result['task_return']:.1f} |\n"
-            f"| return, expert | {result['expert_return']:.1f} |\n"
-            f"| (imitator - random) / (expert - random) | {score:.2f} |\n"
-            f"| PSNR of the translation | {result['psnr_translation']:.1f} dB |\n"
-            f"| PSNR of copying the first frame | {result['psnr_copy_first']:.1f} dB |\n")
+            f"| return, imitator | {result['task_return']:.1f} |\n")
+    if 'expert_return' in result:
+        span = result['expert_return'] - result['random_return']
+        score = (result['task_return'] - result['random_return']) / span if span else float('nan')
+        text += (f"| return, expert | {result['expert_return']:.1f} |\n"
+                 f"| (imitator - random) / (expert - random) | {score:.2f} |\n"
+                 f"| PSNR of the translation | {result['psnr_translation']:.1f} dB |\n"
+                 f"| PSNR of copying the first frame | {result['psnr_copy_first']:.1f} dB |\n")
+    else:
+        text += (f"| squared distance of codes | {result['distance']:.3f} |\n\nWhat the videos' "
+                 'expert returned is not known, so there is no score. Each episode starts where '
+                 "it looks most like its video; what does not move in a video, such as reacher's "
+                 'target, is elsewhere there.\n')
     with utils.atomic_write(workspace.work_dir / 'report.md') as tmp:
         tmp.write_text(text)
-    columns = 'task_return', 'expert_return', 'random_return'
+    columns = [name for name in ('task_return', 'expert_return', 'random_return')
+               if name in result]
     rows = [[episode[name] for name in columns] for episode in workspace.last_eval_episodes]
     with utils.atomic_write(workspace.work_dir / 'episodes.csv') as tmp:
         np.savetxt(tmp, rows, fmt='%.4f', delimiter=',', header=','.join(columns), comments='')
@@ -159,13 +166,17 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
     limits = {'train': cfg.num_demos, 'valid': cfg.num_eval_demos}
     if cfg.agent.w_clone:
         limits['play'] = cfg.num_play
-    if not all(video.is_whole(root / split) for split in limits):
+    if lacking := [split for split in limits if not video.is_whole(root / split)]:
+        if video.is_whole(root / 'train') and video.Clips(root / 'train').imported:
+            raise UserError(f'{root / lacking[0]} lacks episodes beside your own videos: python '
+                            f'generate_expert_video.py task={cfg.task_name} out_dir={root} '
+                            'from_mp4=<folder>, with the options as before.')
         film_demonstrations(cfg, im_size)
     splits = {}
     for split, limit in limits.items():
         splits[split] = clips = video.Clips(root / split, cfg.task_name, im_size,
                                             dmc.CONTEXT_QUALITY, max_episodes=limit)
-        if clips.meta['num_contexts'] < 2:
+        if clips.meta['num_contexts'] < 2 - clips.imported:
             raise UserError(f'{clips.root} shows each episode in one context only; one more is '
                             'needed for the agent: python generate_expert_video.py '
                             f'task={cfg.task_name} num_contexts=4 out_dir=<another folder>.')
@@ -210,6 +221,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot), 'recipe': cfg.recipe,
                'expert_sha256': splits['train'].meta['expert_sha256'], 'num_demos': len(demos),
                'num_play': len(splits.get('play', ())), 'w_img': cfg.w_img, 'scale': demos.scale}
+    if splits['train'].imported:
+        made_by['mp4_sha256'] = splits['train'].meta['mp4_sha256']
     return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, make_agent, agent_args,
                      made_by, last, overlap=utils.pick_device(cfg.device).type == 'cpu')
 

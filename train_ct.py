@@ -447,6 +447,10 @@ def open_splits(cfg) -> dict[str, video.Clips]:
         raise UserError(f'{root} shows each episode in one context, and a pose code takes two: '
                         f'python generate_expert_video.py task={cfg.task_name} num_contexts=4 '
                         'out_dir=<another folder>, or set recipe=liu2017.')
+    if cfg.model.code_dim and clips['train'].imported:
+        raise UserError(f'{root} holds your own videos, whose poses, with which a code is judged, '
+                        'are not known: train the translator on videos that '
+                        f'python generate_expert_video.py task={cfg.task_name} filmed.')
     num_frames = clips['train'].meta['episode_len'] + 1
     if cfg.model.code_dim and cfg.code.window > num_frames:
         raise UserError(f'{root} holds clips of {num_frames} frames, fewer than code.window='
