@@ -239,15 +239,18 @@ class Start(NamedTuple):
     truth: np.ndarray | None  # the demonstration in the agent's context, uint8 (T+1, H, W, 3)
 
 
-def find_starts(env, demos: Demonstrations, num_resets: int = 1024) -> list[int]:
+NUM_RESETS = 1024  # of the task, among which the start of a video is sought
+
+
+def find_starts(env, demos: Demonstrations) -> list[int]:
     """Return for each demonstration the seed of that reset of the task which looks most like its
-    first frame: the nearest in features, of the same `num_resets` for all.
+    first frame: the nearest in features, of the same resets for all.
 
     Features hold what moves. Where a reset also places what stands still, as reacher's target, that
     is not found.
     """
     meta, rng = demos.clips.meta, np.random.default_rng(0)
-    scenery, seeds, features = Scenery(meta['scenery']), rng.integers(2 ** 31, size=num_resets), []
+    scenery, seeds, features = Scenery(meta['scenery']), rng.integers(2 ** 31, size=NUM_RESETS), []
     for seed in seeds.tolist():
         env.reset(episode_seed=seed, context=scenery.sample(rng, meta['contexts']))
         features.append(demos.encode(env.render(meta['im_size'])))
