@@ -437,6 +437,11 @@ def open_splits(cfg) -> dict[str, video.Clips]:
         clips[name] = video.Clips(root / name, cfg.task_name,
                                   clips['train'].meta['im_size'] if clips else None,
                                   dmc.CONTEXT_QUALITY)
+        if cfg.model.code_dim and clips[name].imported:
+            raise UserError(f'{clips[name].root} holds your own videos, and a code is judged with '
+                            'poses, which they lack: train on videos of an expert, python '
+                            f'generate_expert_video.py task={cfg.task_name} '
+                            'out_dir=<another folder>.')
         here, train = ({key: clips[split].meta.get(key) for key in (
             'num_contexts', 'episode_len', 'action_repeat')} for split in (name, 'train'))
         utils.require_same(clips[name].root, here, train,
@@ -447,10 +452,6 @@ def open_splits(cfg) -> dict[str, video.Clips]:
         raise UserError(f'{root} shows each episode in one context, and a pose code takes two: '
                         f'python generate_expert_video.py task={cfg.task_name} num_contexts=4 '
                         'out_dir=<another folder>, or set recipe=liu2017.')
-    if cfg.model.code_dim and clips['train'].imported:
-        raise UserError(f'{root} holds your own videos, whose poses, with which a code is judged, '
-                        'are not known: train the translator on videos that '
-                        f'python generate_expert_video.py task={cfg.task_name} filmed.')
     num_frames = clips['train'].meta['episode_len'] + 1
     if cfg.model.code_dim and cfg.code.window > num_frames:
         raise UserError(f'{root} holds clips of {num_frames} frames, fewer than code.window='
