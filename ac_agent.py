@@ -229,13 +229,42 @@ class Demonstrations:
                               for i in range(min(len(self), 20))]))
 
 
+class Start(NamedTuple):
+    """How an imitator's episode begins."""
+
+    seed: int                 # of the task's own reset
+    context: np.ndarray       # (DIM,), the agent's
+    sources: list[int]        # contexts of the demonstration to translate from
+    truth: np.ndarray | None  # the demonstration in the agent's context, uint8 (T+1, H, W, 3)
+
+
+NUM_RESETS = 1024  # of the task, among which the start of a video is sought
+
+
+def find_starts(env, demos: Demonstrations) -> list[int]:
+    """Return for each demonstration the seed of that reset of the task which looks most like its
+    first frame: the nearest in features, of the same resets for all.
+
+    Features hold what moves. Where a reset also places what stands still, as reacher's target, that
+    is not found.
+    """
+    meta, rng = demos.clips.meta, np.random.default_rng(0)
+    scenery, seeds, features = Scenery(meta['scenery']), rng.integers(2 ** 31, size=NUM_RESETS), []
+    for seed in seeds.tolist():
+        env.reset(episode_seed=seed, context=scenery.sample(rng, meta['contexts']))
+        features.append(demos.encode(env.render(meta['im_size'])))
+    nearest = torch.cdist(demos.features()[:, 0], torch.stack(features)).argmin(1)
+    return seeds[nearest.numpy()].tolist()
+
+
 class Imitation(dmc.Wrapper):
     """Imitation as an environment: the agent tracks a translated demonstration.
 
     `reset` draws a demonstrated episode and one of the contexts in which it was filmed. The agent
     starts from the expert's initial state, in that context. The episode's videos in the other
     contexts are translated into it, given the agent's first image. `start_seed` is the seed of the
-    task's own reset.
+    task's own reset. Of one's own videos neither is known: the agent starts where it looks most
+    like the demonstration (`find_starts`), in any context of the split's kind.
 
     Observation: see `Layout`. Reward: see `Reward`; w_img times the mean squared difference of
       images, in units of their variance, is added to the distance of features.
@@ -244,8 +273,8 @@ class Imitation(dmc.Wrapper):
       (Pardo et al. 2018).
 
     The reward of the task itself is hidden. With `evaluate`, its sum stands in `episode_info`
-    beside the expert's and a random policy's in the same episode, and the translation's PSNR
-    beside that of the agent's first image.
+    beside a random policy's from the same start and the mean distance from the targets; and where
+    they are known the expert's, and the translation's PSNR beside that of the agent's first image.
     """
 
     def __init__(self, env, demos: Demonstrations, layout: Layout, reward: Reward, im_size: int,
@@ -260,7 +289,7 @@ class Imitation(dmc.Wrapper):
         self._evaluate, self._rng = evaluate, np.random.default_rng(0)
         self._image_var = demos.image_variance() if w_img else None
         self._horizon = demos.clips.frames(0).shape[1] - 1
-        self._ended = True
+        self._ended, self._found = True, None
         self._spec = specs.Array((layout.size,), np.float32, 'observation')
 
     def observation_spec(self):
@@ -270,29 +299,40 @@ class Imitation(dmc.Wrapper):
         """Draw a demonstration and a context: which ones is a pure function of the seed."""
         rng = self._rng if episode_seed is None else np.random.default_rng(episode_seed)
         i = int(rng.integers(len(self._demos)))
-        demo, clips = self._demos.clips.episode(i), self._demos.clips.frames(i)
-        own = int(rng.integers(len(clips)))
-        sources = [c for c in range(len(clips)) if c != own]
-        self.episode_info = {}
+        demo, clips, start = (self._demos.clips.episode(i), self._demos.clips.frames(i),
+                              self._draw_start(i, rng))
+        self.episode_info, self.start_seed = {}, start.seed
         if self._evaluate:
-            random_return = self._random_return(demo['episode_seed'])
-        self.start_seed = demo['episode_seed']
-        self._env.reset(episode_seed=self.start_seed, context=np.asarray(demo['contexts'][own]))
+            random_return = self._random_return(start.seed)
+        self._env.reset(episode_seed=start.seed, context=start.context)
         self._frame = self._env.render(self._im_size)
         self._translation = self._demos.translate(
-            i, sources, self._frame, images=bool(self._w_img or self._evaluate))
+            i, start.sources, self._frame, images=bool(self._w_img or self._evaluate))
         self._features = deque(maxlen=self._layout.num_frames)
         self._features.extend([self._demos.encode(self._frame)] * self._layout.num_frames)
         self._actions = torch.zeros(self._layout.num_actions, *self.action_spec().shape)
-        self._step, self._source, self._ended = 0, clips[sources[0]], False
+        self._step, self._source, self._ended = 0, clips[start.sources[0]], False
         if self._evaluate:
-            truth = clips[own]
-            self.episode_info = {
-                'task_return': 0.0, 'expert_return': demo['expert_return'],
-                'random_return': random_return,
-                'psnr_translation': video.psnr(video.mse(self._translation.images, truth)),
-                'psnr_copy_first': video.psnr(video.mse(truth[:1], truth))}
+            self.episode_info = {'task_return': 0.0, 'random_return': random_return,
+                                 'distance': 0.0}
+            if 'expert_return' in demo:
+                self.episode_info['expert_return'] = demo['expert_return']
+            if (truth := start.truth) is not None:
+                self.episode_info |= {
+                    'psnr_translation': video.psnr(video.mse(self._translation.images, truth)),
+                    'psnr_copy_first': video.psnr(video.mse(truth[:1], truth))}
         return dm_env.restart(self._observation())
+
+    def _draw_start(self, i: int, rng: np.random.Generator) -> Start:
+        clips, demo = self._demos.clips, self._demos.clips.episode(i)
+        contexts = range(len(clips.frames(i)))
+        if 'episode_seed' in demo:
+            own = int(rng.integers(len(contexts)))
+            return Start(demo['episode_seed'], np.asarray(demo['contexts'][own]),
+                         [c for c in contexts if c != own], clips.frames(i)[own])
+        self._found = self._found or find_starts(self._env, self._demos)
+        context = Scenery(clips.meta['scenery']).sample(rng, clips.meta['contexts'])
+        return Start(self._found[i], context, list(contexts), None)
 
     def _random_return(self, episode_seed: int) -> float:
         rng, total = np.random.default_rng(episode_seed), 0.0
@@ -312,6 +352,8 @@ class Imitation(dmc.Wrapper):
         self._features.appendleft(self._demos.encode(self._frame))
         if self._evaluate:
             self.episode_info['task_return'] += time_step.reward
+            off = self._features[0] - self._translation.features[self._step]
+            self.episode_info['distance'] += float(off.square().mean()) / self._horizon
         reward, observation = self._reward(), self._observation()
         if self._step == self._horizon or time_step.last():
             self._ended = True
@@ -345,7 +387,8 @@ class Imitation(dmc.Wrapper):
     def note(self) -> str:
         """Return how the episode went, to end a video's last caption; takes `evaluate`."""
         info = self.episode_info
-        return f": {info['task_return']:.0f} of {info['expert_return']:.0f}"
+        best = f" of {info['expert_return']:.0f}" if 'expert_return' in info else ''
+        return f": {info['task_return']:.0f}{best}"
 
 
 SUCCESS = 0.8  # the score at which an episode counts as coming within 80% of the expert's
@@ -731,7 +774,7 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
                         'translator to that one.')
     clips = video.Clips(videos, task_name, model.im_size, dmc.CONTEXT_QUALITY)
     meta = clips.meta
-    if meta['action_repeat'] != repeat or meta['num_contexts'] < 2:
+    if meta['action_repeat'] != repeat or meta['num_contexts'] < 2 - clips.imported:
         raise UserError(f"{videos} was filmed with action_repeat={meta['action_repeat']} in "
                         f"{meta['num_contexts']} contexts, and {path} takes action_repeat={repeat} "
                         'and two or more: choose another imitator, or film anew.')

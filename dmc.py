@@ -1,14 +1,19 @@
 """DeepMind Control tasks as dm_env environments: pixels, states, action repeat.
 
+A domain of one's own, domains/<domain>.py where a script is started, joins the suite's: see
+tests/domains/dot.py.
+
 An episode is named by its seed: `reset(episode_seed=s)` always gives the same physics state and
 the same target, so that a filmed episode can be entered again at its very start, in any context.
 """
 import atexit
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
 
 from utils import UserError, exit_on_user_error
 
@@ -57,18 +62,45 @@ FACETS, CONTEXT_FACETS = (28, 8), (14, 7)
 QUALITY, CONTEXT_QUALITY = [SHADOW_SIZE, *FACETS], [SHADOW_SIZE, *CONTEXT_FACETS]
 
 
+def load_domains(folder: Path) -> dict[str, Mapping]:
+    """Import one's own domains: <domain>.py for each, with a SUITE as dm_control's own have.
+
+    Returns: domain -> task -> function of `random`, a seed, that returns a control.Environment.
+
+    Raises: UserError for a file without SUITE, or of a domain that the suite has.
+    """
+    found = {}
+    for path in sorted(folder.glob('*.py')):
+        spec = importlib.util.spec_from_file_location(f'domains.{path.stem}', path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # as an import does: its classes can be pickled
+        spec.loader.exec_module(module)
+        if not isinstance(getattr(module, 'SUITE', None), Mapping):
+            raise UserError(f"{path} has no SUITE: add SUITE = {{'<task>': <function>}} to it, or "
+                            f'move it out of {folder}.')
+        if path.stem in dict(suite.ALL_TASKS):
+            raise UserError(f'{path} has the name of a domain of the suite: rename it.')
+        found[path.stem] = module.SUITE
+    return found
+
+
+with exit_on_user_error():
+    DOMAINS = load_domains(Path('domains'))
+ALL_TASKS = [*suite.ALL_TASKS, *((domain, task) for domain in DOMAINS for task in DOMAINS[domain])]
+
+
 def task_names() -> list[str]:
-    """Every task of the suite as domain_task."""
-    return [f'{domain}_{task}' for domain, task in suite.ALL_TASKS]
+    """Every task of the suite and of `DOMAINS` as domain_task."""
+    return [f'{domain}_{task}' for domain, task in ALL_TASKS]
 
 
 def split_name(task_name: str) -> tuple[str, str]:
     """'reacher_hard' -> ('reacher', 'hard'); 'cup_catch' is DrQ-v2's name of ball_in_cup_catch."""
     full = task_name.replace('cup_', 'ball_in_cup_') if task_name.startswith('cup_') else task_name
-    for domain, task in suite.ALL_TASKS:
+    for domain, task in ALL_TASKS:
         if full == f'{domain}_{task}':
             return domain, task
-    raise UserError(f"the suite has no task '{task_name}': see --help for those it has.")
+    raise UserError(f"there is no task '{task_name}': see --help for those there are.")
 
 
 class Camera:
@@ -294,7 +326,13 @@ def load_suite(task_name: str, scenery: contexts.Scenery | None = None, seed: in
                ) -> SuiteEpisodes:
     """The bare task, able to film itself, with a scenery in visual contexts as well."""
     domain, task = split_name(task_name)
-    env = suite.load(domain, task, task_kwargs={'random': seed})
+    if domain in DOMAINS:
+        env = DOMAINS[domain][task](random=seed)
+        if not env.physics.model.ncam:
+            raise UserError(f'domains/{domain}.py has no camera in the model of {task}: add '
+                            '<camera .../> to its worldbody.')
+    else:
+        env = suite.load(domain, task, task_kwargs={'random': seed})
     env._step_limit = min(env._step_limit, MAX_EPISODE_STEPS)
     camera_id = 2 if domain == 'quadruped' else 0  # as in DrQ-v2: 0 is inside the quadruped
     painter = (contexts.Painter(env.physics.model.ptr, scenery, camera_id)

@@ -4,6 +4,10 @@ Also films play: episodes of the agent's own actions, random or an imitator's wi
 (`player=ac_local/.../snapshot.pt`), whose poses are nearer to the demonstrated ones. From play the
 translator learns how actions change what it sees. Only play stores its actions.
 
+Videos of one's own can take the demonstrations' place: from_mp4=FOLDER. Each FOLDER/<name>.mp4 is
+an episode; of one that was filmed in several contexts at once, the files are
+FOLDER/<context>/<name>.mp4. Play is filmed as ever.
+
 The physics runs once for each episode, and one camera for each context films it. Demonstrations and
 random play depend on (seed, split, i) alone, an imitator's play on the imitator as well. So the
 number of workers does not change the dataset, and an interrupted generation can go on or be
@@ -15,6 +19,7 @@ if __name__ == '__main__':  # until utils.raise_interrupts: the imports below ta
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 import functools
+import hashlib
 import multiprocessing
 import os
 import threading
@@ -56,6 +61,9 @@ def check_settings(cfg):
     """Raises: UserError for settings with which nothing can be filmed."""
     utils.check_settings(cfg, 'generate_expert_video')
     contexts.Scenery(cfg.scenery)
+    if cfg.action_repeat and not cfg.from_mp4:
+        raise UserError(f'action_repeat={cfg.action_repeat} goes with from_mp4; an expert has its '
+                        'own: leave it out.')
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,38 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
                                         dmc.QUALITY, retrain)
         agent = utils.rebuild(DrQV2Agent, expert['agent_args'], expert['agent'])
     return agent, env_args
+
+
+def recording(cfg) -> tuple[DrQV2Agent | None, dict]:
+    """-> the expert, or None where demonstrations are one's own videos, and the `dmc.make`
+    arguments of the environment that films."""
+    if cfg.from_mp4:
+        return None, {'obs': 'states', 'action_repeat': cfg.action_repeat or 2}
+    return load_expert(cfg.snapshot, cfg.task_name)
+
+
+def find_mp4s(cfg) -> dict[str, list[list[Path]]]:
+    """Share the videos of `cfg.from_mp4` out to 'train' and 'valid', which gets a fifth of them,
+    at most `num_valid`: each episode's files, one for each context.
+
+    Raises: UserError where there are none, or a context lacks one.
+    """
+    root = Path(cfg.from_mp4)
+    found = {path.relative_to(root) for path in [*root.glob('*.mp4'), *root.glob('*/*.mp4')]}
+    folders, names = sorted({path.parent for path in found}), sorted({path.name for path in found})
+    if len(names) < 2:
+        raise UserError(f'{root} holds {len(names) or "no"} videos, *.mp4 or */*.mp4, and two are '
+                        'the least, to imitate and to evaluate with: set from_mp4 to a folder with '
+                        'more.')
+    for path in (folder / name for name in names for folder in folders):
+        if path not in found:
+            raise UserError(f'{root / path} is missing: each video stands in {root} or, filmed in '
+                            f'several contexts, under one name in each of its folders.')
+    episodes = [[root / folder / name for folder in folders] for name in names]
+    order = np.random.default_rng(cfg.seed).permutation(len(names))
+    num_valid = min(cfg.num_valid, max(len(names) // 5, 1))
+    return {'train': [episodes[i] for i in sorted(order[num_valid:])[:cfg.num_train]],
+            'valid': [episodes[i] for i in sorted(order[:num_valid])]}
 
 
 def draw_episode(seed: int, split: str, i: int, num_contexts: int,
@@ -179,15 +219,21 @@ def load_player(cfg, contexts: str) -> tuple:
     return load_imitator(cfg.player, cfg.translator, Path(cfg.out_dir) / demos, cfg.task_name)
 
 
+def frame_rate(env, env_args: dict) -> float:
+    """Return the agent's steps per second."""
+    return 1 / (env.control_timestep() * env_args['action_repeat'])
+
+
 class Studio:
     """What a worker needs to film: environment, expert, cameras."""
 
     def __init__(self, cfg):
         self.cfg = cfg
-        self.agent, env_args = load_expert(cfg.snapshot, cfg.task_name)
+        self.agent, env_args = recording(cfg)
         self.scenery = contexts.Scenery(cfg.scenery)
         self.env = dmc.make(cfg.task_name, scenery=self.scenery, **env_args)
-        self.fps = 1 / (self.env.control_timestep() * env_args['action_repeat'])
+        self.fps = frame_rate(self.env, env_args)
+        self.mp4s = find_mp4s(cfg) if cfg.from_mp4 else {}
 
     @functools.cache  # noqa: B019  a worker has one studio
     def cameras(self, env) -> list:
@@ -202,6 +248,9 @@ class Studio:
 
     def make(self, split: str, i: int):
         cfg, root, kind = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
+        if split in self.mp4s:
+            self.take_over(root, i, self.mp4s[split][i])
+            return
         episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
         env, agent = self.env, self.agent
         if kind.actor == 'play' and cfg.player:
@@ -211,9 +260,8 @@ class Studio:
             agent = RandomPlay(episode_seed, env.action_spec().shape)
         frames, happened = film(env, agent, self.cameras(env), cfg.episode_len, episode_seed,
                                 list(looks))
-        if i < NUM_PREVIEWS:
-            labels = [f'{kind.contexts} context {c}' for c in range(len(frames))]
-            video.save(root / f'preview_{i:05d}.mp4', video.side_by_side(frames, labels), self.fps)
+        self.preview(root, i, frames,
+                     [f'{kind.contexts} context {c}' for c in range(len(frames))])
         if kind.actor == 'expert':  # its actions are never stored
             kept = {'expert_return': sum(happened['rewards']), 'rewards': happened['rewards']}
         else:  # no task reward
@@ -224,6 +272,19 @@ class Studio:
         video.write_episode(root, i, frames, {
             'episode_seed': episode_seed, **kept, 'qpos': happened['qpos'],
             'contexts': looks.tolist()})
+
+    def take_over(self, root: Path, i: int, files: list[Path]):
+        """Make episode i of these videos."""
+        clips, rates = zip(*(video.load(path, self.fps, self.cfg.episode_len + 1, self.cfg.im_size)
+                             for path in files), strict=True)
+        frames = np.stack(clips)
+        self.preview(root, i, frames, [path.parent.name for path in files])
+        video.write_episode(root, i, frames, {
+            'files': [str(path.relative_to(self.cfg.from_mp4)) for path in files], 'fps': rates})
+
+    def preview(self, root: Path, i: int, frames: np.ndarray, labels: list[str]):
+        if i < NUM_PREVIEWS:
+            video.save(root / f'preview_{i:05d}.mp4', video.side_by_side(frames, labels), self.fps)
 
 
 def start_worker(cfg):
@@ -250,8 +311,20 @@ def describe(cfg, split: str, env_args: dict, joints: list[str]) -> dict:
             'num_contexts': cfg.num_contexts, 'action_repeat': env_args['action_repeat'],
             'seed': cfg.seed, 'scenery': OmegaConf.to_container(cfg.scenery, resolve=True),
             'quality': dmc.CONTEXT_QUALITY,
-            'expert_sha256': utils.sha256(cfg.snapshot),
+            'expert_sha256': None if cfg.from_mp4 else utils.sha256(cfg.snapshot),
             'versions': utils.versions()}
+
+
+def describe_mp4s(episodes: list[list[Path]], fps: float, episode_len: int) -> dict:
+    """Return what is otherwise in a split of one's own videos.
+
+    Raises: UserError where one of them cannot be read, or is too short.
+    """
+    digest = hashlib.sha256()
+    for path in (path for files in episodes for path in files):
+        video.moments(path, fps, episode_len + 1)
+        digest.update(utils.sha256(path).encode())
+    return {'actor': None, 'num_contexts': len(episodes[0]), 'mp4_sha256': digest.hexdigest()}
 
 
 def check_same_settings(root: Path, meta: dict):
@@ -273,7 +346,8 @@ def generate(cfg):
     Raises: UserError for bad settings, before anything is written.
     """
     check_settings(cfg)
-    _, env_args = load_expert(cfg.snapshot, cfg.task_name)
+    _, env_args = recording(cfg)
+    mp4s = find_mp4s(cfg) if cfg.from_mp4 else {}
     # What would fail in every worker fails here: a wrong scenery, or episodes that are too short.
     env = dmc.make(cfg.task_name, scenery=contexts.Scenery(cfg.scenery),
                    **{**env_args, 'obs': 'states'})
@@ -283,16 +357,20 @@ def generate(cfg):
     with utils.only_one_at_work(Path(cfg.out_dir), 'out_dir'):
         orders = []
         for name in SPLITS:
-            if cfg[f'num_{name}']:
+            num_episodes = len(mp4s[name]) if name in mp4s else cfg[f'num_{name}']
+            if num_episodes:
                 root, meta = Path(cfg.out_dir) / name, describe(cfg, name, env_args, env.joints())
+                if name in mp4s:
+                    meta |= describe_mp4s(mp4s[name], frame_rate(env, env_args), cfg.episode_len)
                 check_same_settings(root, meta)
-                orders.append(Order(name, root, cfg[f'num_{name}'], meta,
+                orders.append(Order(name, root, num_episodes, meta,
                                     set(video.episode_numbers(root))))
         if cfg.player:
             check_player(cfg, orders)
-        episode_bytes = cfg.num_contexts * (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
-        utils.check_disk(cfg.out_dir, sum(order.num_missing for order in orders) * episode_bytes,
-                         'the dataset', 'set num_train or num_contexts lower')
+        clip_bytes = (cfg.episode_len + 1) * cfg.im_size ** 2 * 3
+        utils.check_disk(cfg.out_dir, clip_bytes * sum(
+            order.num_missing * order.meta['num_contexts'] for order in orders),
+            'the dataset', 'set num_train or num_contexts lower')
         fill(cfg, orders)
 
 
@@ -362,17 +440,23 @@ def main(cfg):
         if not cfg[f'num_{split}']:
             continue
         clips = video.Clips(Path(cfg.out_dir) / split)
+        if clips.imported:
+            rates = [rate for i in range(len(clips)) for rate in clips.episode(i)['fps']]
+            print(f'{clips.root}: {len(clips)} episodes of {cfg.from_mp4}, contexts: '
+                  f'{clips.meta["num_contexts"]}, frames a second: {min(rates):.4g} to '
+                  f'{max(rates):.4g}')
+            continue
         line = (f'{clips.root}: {len(clips)} episodes of {kind.actor}, each in {cfg.num_contexts} '
                 f'{kind.contexts} contexts')
         if kind.actor == 'expert':
             returns = [clips.episode(i)['expert_return'] for i in range(len(clips))]
             line += f'; return {np.mean(returns):.4g} +- {np.std(returns):.2g}'
         print(line)
-    command = f'python train_ct.py task={cfg.task_name} data_dir={cfg.out_dir}'
+    # A translator cannot be trained without poses, nor judged without play: there is one already.
+    script = 'train_ac' if cfg.from_mp4 or cfg.num_play and not cfg.num_play_valid else 'train_ct'
+    command = f'python {script}.py task={cfg.task_name} data_dir={cfg.out_dir}'
     if not cfg.num_play:
         command += ' recipe=liu2017'
-    elif not cfg.num_play_valid:  # a translator cannot be judged without: there is one already
-        command = command.replace('train_ct', 'train_ac')
     print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\nnext: {command}')
 
 

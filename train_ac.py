@@ -106,24 +106,31 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
             [*panels, *[panels[-1]] * 10], workspace.eval_env.note()))
     path = workspace.work_dir / 'demo.mp4'
     video.save(path, np.concatenate(films))
-    columns = 'task_return', 'expert_return', 'random_return'
+    columns = [name for name in ('task_return', 'expert_return', 'random_return') if name in result]
     rows = np.array([[episode[name] for name in columns]
                      for episode in workspace.last_eval_episodes])
-    (imitator, expert, random), scores = rows.mean(0), episode_scores(*rows.T)
-    spread = rows.std(0)
-    text = (f"| {cfg.task_name}, held-out episodes and contexts | |\n|---|---|\n"
-            f'| return, random | {random:.1f} ± {spread[2]:.1f} |\n'
-            f'| return, imitator | {imitator:.1f} ± {spread[0]:.1f} |\n'
-            f'| return, expert | {expert:.1f} ± {spread[1]:.1f} |\n'
-            f'| (imitator - random) / (expert - random) | {scores.mean():.2f} |\n'
-            f'| episodes within {SUCCESS:.0%} of the expert | '
-            f'{np.sum(scores >= SUCCESS)} of {len(scores)} |\n'
-            f"| PSNR of the translation | {result['psnr_translation']:.1f} dB |\n"
-            f"| PSNR of copying the first frame | {result['psnr_copy_first']:.1f} dB |\n"
-            f'| agent steps (frames) | {workspace.global_step:,} ({workspace.global_frame:,}) |\n'
-            f'| minutes | {workspace.timer.total() / 60:.0f} |\n'
-            f'| seed | {cfg.seed} |\n'
-            f'| command | `python {utils.command()}` |\n')
+    returns = dict(zip(columns, rows.T, strict=True))
+    table = [(f'return, {who}', f'{returns[name].mean():.1f} ± {returns[name].std():.1f}')
+             for who, name in (('random', 'random_return'), ('imitator', 'task_return'),
+                               ('expert', 'expert_return')) if name in returns]
+    note = ''
+    if 'expert_return' in returns:
+        scores = episode_scores(*rows.T)
+        table += [('(imitator - random) / (expert - random)', f'{scores.mean():.2f}'),
+                  (f'episodes within {SUCCESS:.0%} of the expert',
+                   f'{np.sum(scores >= SUCCESS)} of {len(scores)}'),
+                  ('PSNR of the translation', f"{result['psnr_translation']:.1f} dB"),
+                  ('PSNR of copying the first frame', f"{result['psnr_copy_first']:.1f} dB")]
+    else:
+        table.append(('squared distance of codes', f"{result['distance']:.3f}"))
+        note = ("\nWhat the videos' expert returned is not known, so there is no score. Each "
+                'episode starts where it looks most like its video; what does not move in a video, '
+                "such as reacher's target, is elsewhere there.\n")
+    table += [('agent steps (frames)', f'{workspace.global_step:,} ({workspace.global_frame:,})'),
+              ('minutes', f'{workspace.timer.total() / 60:.0f}'), ('seed', cfg.seed),
+              ('command', f'`python {utils.command()}`')]
+    text = f'| {cfg.task_name}, held-out episodes and contexts | |\n|---|---|\n' + ''.join(
+        f'| {name} | {value} |\n' for name, value in table) + note
     with utils.atomic_write(workspace.work_dir / 'report.md') as tmp:
         tmp.write_text(text)
     with utils.atomic_write(workspace.work_dir / 'episodes.csv') as tmp:
@@ -154,13 +161,17 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
     limits = {'train': cfg.num_demos, 'valid': cfg.num_eval_demos}
     if cfg.agent.w_clone:
         limits['play'] = cfg.num_play
-    if not all(video.is_whole(root / split) for split in limits):
+    if lacking := [split for split in limits if not video.is_whole(root / split)]:
+        if video.is_whole(root / 'train') and video.Clips(root / 'train').imported:
+            raise UserError(f'{root / lacking[0]} lacks episodes beside your own videos: python '
+                            f'generate_expert_video.py task={cfg.task_name} out_dir={root} '
+                            'from_mp4=<folder>, with the options as before.')
         film_demonstrations(cfg, im_size)
     splits = {}
     for split, limit in limits.items():
         splits[split] = clips = video.Clips(root / split, cfg.task_name, im_size,
                                             dmc.CONTEXT_QUALITY, max_episodes=limit)
-        if clips.meta['num_contexts'] < 2:
+        if split != 'play' and clips.meta['num_contexts'] < 2 - clips.imported:
             raise UserError(f'{clips.root} shows each episode in one context only; one more is '
                             'needed for the agent: python generate_expert_video.py '
                             f'task={cfg.task_name} num_contexts=4 out_dir=<another folder>.')
@@ -205,6 +216,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot), 'recipe': cfg.recipe,
                'expert_sha256': splits['train'].meta['expert_sha256'], 'num_demos': len(demos),
                'num_play': len(splits.get('play', ())), 'w_img': cfg.w_img, 'scale': demos.scale}
+    if splits['train'].imported:
+        made_by['mp4_sha256'] = splits['train'].meta['mp4_sha256']
     return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, make_agent, agent_args,
                      made_by, last, overlap=utils.pick_device(cfg.device).type == 'cpu')
 

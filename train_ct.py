@@ -414,6 +414,11 @@ def open_splits(cfg) -> dict[str, video.Clips]:
         clips[name] = video.Clips(root / name, cfg.task_name,
                                   clips['train'].meta['im_size'] if clips else None,
                                   dmc.CONTEXT_QUALITY)
+        if cfg.model.code_dim and clips[name].imported:
+            raise UserError(f'{clips[name].root} holds your own videos, and a code is judged with '
+                            'poses, which they lack: train on videos of an expert, python '
+                            f'generate_expert_video.py task={cfg.task_name} '
+                            'out_dir=<another folder>.')
         here, train = ({key: clips[split].meta.get(key) for key in (
             'num_contexts', 'episode_len', 'action_repeat')} for split in (name, 'train'))
         utils.require_same(clips[name].root, here, train,

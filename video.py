@@ -8,7 +8,8 @@ A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder 
                             every context; frame t is what is seen before action t
         episode_00012.json  episode_seed, contexts, qpos (the pose in each frame, for evaluation
                             only); an expert's has rewards and expert_return, play's has
-                            actions; frames_crc32, the checksum of the .npy
+                            actions; frames_crc32, the checksum of the .npy. Of one's own videos
+                            nothing is known but their `files` and these files' `fps`
         preview_00000.mp4   the first episodes, all contexts side by side: to look at
 
 Each json ends with the checksum of its own text. An episode is there once its json is: the frames
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import cv2
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 
 import utils
@@ -53,6 +55,48 @@ def save(path: str | Path, frames: np.ndarray, fps: float = 20):
         raise ValueError(f'a video is written as .mp4 or .gif, not as {path}')
     with utils.atomic_write(path) as tmp:
         iio.imwrite(tmp, frames, **options)
+
+
+def moments(path: str | Path, fps: float, num_frames: int) -> tuple[float, np.ndarray]:
+    """Return a file's own frames per second, and the numbers of the frames that lie nearest to
+    `num_frames` moments 1/fps seconds apart, from its first frame on.
+
+    Raises: UserError where it is no video, or ends before.
+    """
+    try:
+        rate, (length, _) = iio.immeta(path)['fps'], imageio_ffmpeg.count_frames_and_secs(str(path))
+        numbers = np.round(np.arange(num_frames) * rate / fps).astype(int)
+    except Exception as error:  # whatever ffmpeg says of a file that it cannot read
+        raise UserError(f'{path} is no video that ffmpeg can read: remove it, or convert it to '
+                        'H.264.') from error
+    if numbers[-1] >= length:
+        whole = max(int((length - 0.5) / rate * fps), 0)
+        raise UserError(f'{path} lasts {length / rate:.2f} s, which is {whole} agent steps of '
+                        f'{1 / fps:.3g} s, not {num_frames - 1}: set episode_len={whole} or less, '
+                        'or remove it.')
+    return rate, numbers
+
+
+def load(path: str | Path, fps: float, num_frames: int, im_size: int) -> tuple[np.ndarray, float]:
+    """Read the beginning of a video of any size and rate: `moments`, cut to the square in the
+    middle and resized.
+
+    Returns: uint8 (num_frames, im_size, im_size, 3), and the file's own frames per second.
+
+    Raises: UserError where it cannot be read, or ends before.
+    """
+    rate, numbers = moments(path, fps, num_frames)
+    clip, number = [], -1
+    for number, frame in enumerate(iio.imiter(path)):
+        if number in numbers:
+            edge = min(frame.shape[:2])
+            top, left = ((size - edge) // 2 for size in frame.shape[:2])
+            image = cv2.resize(frame[top:top + edge, left:left + edge], (im_size, im_size),
+                               interpolation=cv2.INTER_AREA)
+            clip += [image] * int((numbers == number).sum())
+        if len(clip) == num_frames:
+            return np.stack(clip), rate
+    raise UserError(f'{path} is damaged at frame {number + 1}: remove it.')
 
 
 def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str],
@@ -263,6 +307,11 @@ class Clips:
     def episode(self, i: int) -> dict:
         """What is known of episode i, see above: plain values."""
         return self._episodes[i]
+
+    @property
+    def imported(self) -> bool:
+        """Whether these are videos of one's own: seeds, contexts, poses and returns are unknown."""
+        return 'mp4_sha256' in self.meta
 
 
 def _damaged(path: Path) -> utils.Damaged:

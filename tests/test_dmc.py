@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from dm_env import StepType, TimeStep, test_utils
 
 import contexts
 import dmc
+import utils
+import video
+from drqv2 import DrQV2Agent
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -189,6 +193,59 @@ def test_every_number_of_a_pose_has_its_kind(task, joints):
     env = dmc.make(task, obs='states')
     assert env.joints() == joints
     assert env.qpos().shape == (len(joints),)
+
+
+# ------------------------------------------------------------------------------ own domains
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder to start scripts in, with a domain of its own."""
+    shutil.copytree(ROOT / 'tests/domains', tmp_path / 'domains')
+    return tmp_path
+
+
+def test_a_domain_of_ones_own_is_filmed_in_contexts_like_any(own):
+    agent_args = {'obs_shape': [4], 'action_dim': 2, 'hidden_dim': 16}
+    utils.save_snapshot(own / 'experts/dot_push.pt', 'expert', 'dot_push', {
+        'agent_args': agent_args, 'agent': DrQV2Agent(**agent_args).state_dict(),
+        'made_by': {'env_args': {'obs': 'states', 'action_repeat': 2}}})
+    run = subprocess.run(
+        [sys.executable, ROOT / 'generate_expert_video.py', 'task=dot_push', 'num_train=1',
+         'num_valid=1', 'num_play=1', 'num_play_valid=0', 'num_contexts=2', 'episode_len=5',
+         'im_size=32', 'num_workers=1'], cwd=own, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    clips = video.Clips(own / 'videos/dot_push/play', task='dot_push', im_size=32)
+    assert clips.meta['joints'] == ['slide', 'slide']
+    frames, episode = clips.frames(0), clips.episode(0)
+    assert (frames[0] != frames[1]).any() and (frames[:, 0] != frames[:, 5]).any()
+    env = dmc.load_domains(own / 'domains')['dot']['push'](random=episode['episode_seed'])
+    env.reset()
+    assert env.physics.data.qpos.tolist() == episode['qpos'][0]
+
+
+@pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])
+def test_each_script_takes_a_task_of_ones_own(own, script):
+    run = subprocess.run([sys.executable, ROOT / f'{script}.py', 'task=dot_push', '--cfg', 'job'],
+                         cwd=own, capture_output=True, text=True, check=True)
+    assert 'task_name: dot_push' in run.stdout
+
+
+@pytest.mark.parametrize('name, text, words', [
+    ('dot.py', 'tasks = {}', 'dot.py has no SUITE: add SUITE ='),
+    ('reacher.py', 'SUITE = {}', 'reacher.py has the name of a domain of the suite: rename it')])
+def test_what_is_no_domain_is_refused(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        dmc.load_domains(tmp_path)
+
+
+def test_a_model_without_a_camera_is_told(own, monkeypatch):
+    path = own / 'domains/dot.py'
+    path.write_text(path.read_text().replace('<camera name="above" pos="0 0 1.2"/>', ''))
+    monkeypatch.setattr(dmc, 'DOMAINS', dmc.load_domains(own / 'domains'))
+    monkeypatch.setattr(dmc, 'ALL_TASKS', [('dot', 'push')])
+    with pytest.raises(UserError, match='domains/dot.py has no camera'):
+        dmc.make('dot_push', obs='states')
 
 
 if __name__ == '__main__':

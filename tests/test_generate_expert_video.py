@@ -431,6 +431,100 @@ def test_bad_settings_write_nothing(snapshot, tmp_path, override, sentence):
     assert not out_dir.exists()
 
 
+# ------------------------------------------------------------------------------ videos of one's own
+
+@pytest.fixture(scope='module')
+def mp4s(dataset, tmp_path_factory):
+    """Play of the dataset, filmed in two contexts, as files of 96 pixels and 50 frames a second."""
+    folder = tmp_path_factory.mktemp('mp4')
+    for i, (split, k) in enumerate([('play', 0), ('play', 1), ('play_valid', 0)]):
+        for c, frames in enumerate(video.Clips(dataset / split).frames(k)):
+            large = frames.repeat(2, 0).repeat(3, 1).repeat(3, 2)
+            video.save(folder / f'look{c}' / f'clip{i}.mp4', large, fps=50)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def imported(mp4s, tmp_path_factory):
+    """No expert is needed."""
+    out_dir = tmp_path_factory.mktemp('videos')
+    script.generate(config(f'from_mp4={mp4s}', f'out_dir={out_dir}', 'snapshot=none.pt',
+                           'num_workers=1'))
+    return out_dir
+
+
+def test_videos_of_ones_own_become_demonstrations(dataset, mp4s, imported):
+    originals = [video.Clips(dataset / split).frames(k)
+                 for split, k in (('play', 0), ('play', 1), ('play_valid', 0))]
+    seen = []
+    for split, num, look in (('train', 2, 'seen'), ('valid', 1, 'held_out')):
+        clips = video.Clips(imported / split, task='reacher_easy', im_size=32)
+        assert len(clips) == num and clips.imported
+        assert (clips.meta['contexts'], clips.meta['actor']) == (look, None)
+        assert clips.meta['expert_sha256'] is None and clips.meta['action_repeat'] == 2
+        for i in range(num):
+            episode = clips.episode(i)
+            assert episode.keys() == {'index', 'files', 'fps', 'frames_crc32'}  # nothing made up
+            assert episode['fps'] == [50, 50]
+            k = int(episode['files'][0].removeprefix('look0/clip').removesuffix('.mp4'))
+            assert episode['files'] == [f'look{c}/clip{k}.mp4' for c in range(2)]
+            seen.append(k)
+            assert abs(clips.frames(i).astype(int) - originals[k]).mean() < 6  # H.264
+    assert sorted(seen) == [0, 1, 2]
+    for split in ('play', 'play_valid'):  # as ever
+        assert not video.Clips(imported / split).imported
+        assert {name: data for name, data in contents(imported / split).items()
+                if name != 'meta.json'} == {
+                    name: data for name, data in contents(dataset / split).items()
+                    if name != 'meta.json'}
+
+
+def test_an_import_that_is_whole_is_left_alone_and_other_files_are_told(mp4s, imported, tmp_path):
+    before = contents(imported)
+    options = [f'out_dir={imported}', 'num_workers=1']
+    script.generate(config(f'from_mp4={mp4s}', *options))
+    assert contents(imported) == before
+    shutil.copytree(mp4s, tmp_path / 'other')
+    shutil.copy(tmp_path / 'other/look0/clip0.mp4', tmp_path / 'other/look1/clip0.mp4')
+    shutil.copy(tmp_path / 'other/look0/clip1.mp4', tmp_path / 'other/look1/clip1.mp4')
+    with pytest.raises(utils.UserError, match='made with mp4_sha256='):
+        script.generate(config(f'from_mp4={tmp_path}/other', *options))
+    assert contents(imported) == before
+
+
+@pytest.mark.parametrize('damage, overrides, sentence', [
+    (lambda folder: shutil.rmtree(folder), [], 'holds no videos'),
+    (lambda folder: (folder / 'look1/clip0.mp4').unlink(), [], 'look1/clip0.mp4 is missing'),
+    (lambda folder: (folder / 'look1/clip0.mp4').write_bytes(b'x'), [], 'clip0.mp4 is no video'),
+    (lambda folder: None, ['episode_len=9'], 'lasts 0.24 s.*set episode_len=5 or less'),
+    (lambda folder: None, ['action_repeat=0'], 'action_repeat=1')])
+def test_videos_that_do_not_do_are_named_before_any_work(mp4s, tmp_path, damage, overrides,
+                                                         sentence):
+    shutil.copytree(mp4s, tmp_path / 'mp4')
+    damage(tmp_path / 'mp4')
+    with pytest.raises(utils.UserError, match=sentence):
+        script.generate(config(f'from_mp4={tmp_path}/mp4', f'out_dir={tmp_path}/videos',
+                               *overrides))
+    assert not (tmp_path / 'videos').exists()
+
+
+def test_an_expert_has_an_action_repeat_of_its_own(snapshot, tmp_path):
+    with pytest.raises(utils.UserError, match='goes with from_mp4'):
+        script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}', 'action_repeat=4'))
+
+
+@pytest.mark.parametrize('num, overrides, counts', [
+    (2, [], (1, 1)), (12, [], (10, 2)), (12, ['num_valid=1', 'num_train=4'], (4, 1))])
+def test_a_fifth_of_ones_videos_is_held_out(tmp_path, num, overrides, counts):
+    for i in range(num):
+        (tmp_path / f'{i}.mp4').touch()
+    found = script.find_mp4s(config(f'from_mp4={tmp_path}', 'num_valid=100', 'num_train=1000',
+                                    *overrides))
+    assert (len(found['train']), len(found['valid'])) == counts
+    names = [path for episodes in found.values() for files in episodes for path in files]
+    assert len(set(names)) == len(names) == sum(counts)
+
+
 def children(pid):
     return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 

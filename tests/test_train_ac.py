@@ -370,6 +370,105 @@ def test_made_by_says_what_it_was_made_of(cfg, tmp_path):
     assert (made_by['num_demos'], made_by['num_play']) == (1, 1)
 
 
+# ------------------------------------------------------------------------------ videos of one's own
+
+@pytest.fixture
+def imported(cfg, tmp_path, scenery, monkeypatch):
+    """Demonstrations of which nothing is known, each in one context; play as it is filmed."""
+    monkeypatch.setattr(ac_agent, 'NUM_RESETS', 16)
+    folder = write_videos(tmp_path / 'own', scenery, num_contexts=1)
+    for split, kind in (('train', 'seen'), ('valid', 'held_out')):
+        for i in range(2):
+            path = video.frames_path(folder / split, i)
+            video.write_episode(folder / split, i, np.load(path),
+                                {'files': [f'{i}.mp4'], 'fps': [30.0]})
+        edit(folder / split / 'meta.json', mp4_sha256='none', expert_sha256=None, contexts=kind,
+             actor=None)
+    cfg.data_dir = str(folder)
+    return cfg
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_an_imitator_of_videos_of_ones_own_trains_and_resumes(imported, tmp_path):
+    make(imported, tmp_path / 'whole').train()
+    first = make(imported, tmp_path / 'again')
+    first.run(48)
+    first.save_snapshot()
+    make(imported, tmp_path / 'again').train()
+    assert same(*(agent_state(tmp_path / name) for name in ('whole', 'again')))
+
+
+def test_what_ones_own_videos_do_not_tell_is_not_reported(imported, tmp_path):
+    workspace = make(imported, tmp_path / 'run')
+    workspace.eval()
+    text = train_ac.report(workspace, num_videos=1)
+    result = workspace.last_eval
+    assert f"| return, imitator | {result['task_return']:.1f} |" in text
+    assert f"| squared distance of codes | {result['distance']:.3f} |" in text
+    assert 'there is no score' in text and 'PSNR' not in text and '(expert' not in text
+    assert 'expert_return' not in result and 'psnr_translation' not in result
+    episodes = np.genfromtxt(tmp_path / 'run/episodes.csv', delimiter=',', names=True)
+    assert episodes.dtype.names == ('task_return', 'random_return')
+
+
+def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_path):
+    workspace = make(imported, tmp_path / 'run')
+    for env, kind in ((workspace.train_env, 'seen'), (workspace.eval_env, 'held_out')):
+        drawn = [env._draw_start(1, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+        assert len({start.seed for start in drawn}) == 1 and drawn[0].sources == [0]
+        looks = [start.context for start in drawn]
+        assert np.array_equal(looks[0], looks[1]) and not np.array_equal(looks[0], looks[2])
+        assert {contexts.Scenery(env._demos.clips.meta['scenery']).kind_of(look)
+                for look in looks} == {kind}
+
+
+def test_play_that_is_missing_beside_ones_own_videos_is_told(imported, tmp_path, no_filming):
+    (tmp_path / 'own/play/meta.json').unlink()
+    refused(imported, tmp_path, 'own/play lacks episodes.* from_mp4=<folder>')
+    assert not no_filming
+
+
+def test_videos_that_went_through_h264_have_their_codes_and_are_started_near(tmp_path, scenery,
+                                                                             monkeypatch):
+    """With the translator that ships, in held-out contexts, on reacher's arm."""
+    monkeypatch.setattr(ac_agent, 'NUM_RESETS', 256)
+    model, _ = ac_agent.load_translator(CFGS.parent / 'ct/reacher_hard.pt', 'reacher_hard',
+                                        'pose_code', torch.device('cpu'), 'bf16')
+    scene, rng = contexts.Scenery(scenery), np.random.default_rng(1)
+    env = dmc.ActionRepeat(dmc.load_suite('reacher_hard', scene), 2)
+    original, own, poses = [], [], []
+    for i in range(2):
+        env.reset(episode_seed=i, context=scene.sample(rng, 'held_out'))
+        poses.append(env.qpos())
+        frames = [env.render(64)]
+        for _ in range(10):
+            env.step(rng.uniform(-1, 1, 2))
+            frames.append(env.render(64))
+        original.append(np.stack(frames))
+        large = original[-1].repeat(2, 0).repeat(4, 1).repeat(4, 2)  # 256 pixels, twice the rate
+        video.save(tmp_path / f'{i}.mp4', large, fps=50)
+        own.append(video.load(tmp_path / f'{i}.mp4', 25, 11, 64)[0])
+
+    class Clips:
+        meta = {'scenery': scenery, 'im_size': 64, 'contexts': 'seen'}
+
+        def __init__(self, episodes):
+            self.episodes = episodes
+
+        def __len__(self):
+            return len(self.episodes)
+
+        def frames(self, i):
+            return self.episodes[i][None]
+    demos = Demonstrations(model, Clips(own))
+    there, here = Demonstrations(model, Clips(original)).features(), demos.features()
+    assert (there - here).square().mean() < 0.02 * here.var((0, 1)).mean()
+    for pose, seed in zip(poses, ac_agent.find_starts(env, demos), strict=True):
+        env.reset(episode_seed=seed)
+        off = (env.qpos() - pose + np.pi) % (2 * np.pi) - np.pi
+        assert abs(off).max() < 0.7  # of two pi: a pose at random is seldom as near (5%)
+
+
 # ------------------------------------------------------------------------------ what is refused
 
 def refused(cfg, tmp_path, words):

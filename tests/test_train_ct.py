@@ -570,6 +570,16 @@ def test_play_that_is_drawn_otherwise_is_refused(data, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_code_is_not_trained_on_videos_without_poses(data, tmp_path):
+    shutil.copytree(data, tmp_path / 'videos')
+    for split in ('train', 'valid'):
+        path = tmp_path / 'videos' / split / 'meta.json'
+        video.write_json(path, video.read_json(path) | {'mp4_sha256': '0'})
+    with pytest.raises(UserError, match='videos/train holds your own videos'):
+        train(config(tmp_path / 'videos', recipe='pose_code'), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
 def test_too_little_data_is_refused(tmp_path):
     film(tmp_path, num_episodes=1, num_contexts=1)
     film(tmp_path, 'valid', num_episodes=1, num_contexts=1)

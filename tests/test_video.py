@@ -241,3 +241,40 @@ def test_what_has_no_checksum_is_refused(tmp_path, name, key):
         (root / name).write_text(json.dumps(values))
     with pytest.raises(utils.UserError, match='of an earlier version'):
         video.Clips(root).frames(1)
+
+
+# ------------------------------------------------------------------------------ videos of one's own
+
+def save_counting(path, num_frames, fps, size=(48, 64)):
+    """A video whose frame t is 5 t all over, but for two dark bars left and right."""
+    clip = np.zeros((num_frames, *size, 3), np.uint8)
+    clip[:, :, 8:-8] = 5 * np.arange(num_frames, dtype=np.uint8)[:, None, None, None]
+    video.save(path, clip, fps=fps)
+    return path
+
+
+@pytest.mark.parametrize('rate, numbers', [
+    (25, [0, 1, 2, 3, 4, 5]), (50, [0, 2, 4, 6, 8, 10]), (30, [0, 1, 2, 4, 5, 6]),
+    (12.5, [0, 0, 1, 2, 2, 2])])
+def test_a_video_is_read_at_the_agents_rate_and_squared(tmp_path, rate, numbers):
+    clip, found = video.load(save_counting(tmp_path / 'a.mp4', 30, rate), 25, 6, 16)
+    assert clip.shape == (6, 16, 16, 3) and clip.dtype == np.uint8
+    assert found == rate
+    np.testing.assert_allclose(clip.mean((1, 2, 3)), 5 * np.array(numbers), atol=2.5)
+    assert (clip.std((1, 2)) < 3).all()  # the bars are cut off, nothing is squeezed
+
+
+def test_a_video_that_ends_before_is_refused_with_what_it_has(tmp_path):
+    path = save_counting(tmp_path / 'a.mp4', 30, 30)
+    assert len(video.load(path, 25, 25, 16)[0]) == 25
+    with pytest.raises(utils.UserError, match='a.mp4 lasts 1.00 s.*set episode_len=24 or less'):
+        video.load(path, 25, 26, 16)
+
+
+@pytest.mark.parametrize('content', [b'', b'no video', None])
+def test_what_is_no_video_is_named(tmp_path, content):
+    path = tmp_path / 'a.mp4'
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(utils.UserError, match='a.mp4 is no video that ffmpeg can read'):
+        video.load(path, 25, 6, 16)
