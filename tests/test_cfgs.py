@@ -182,7 +182,7 @@ def test_help_lists_tasks_and_options(script):
     for line in options.splitlines():  # one a line: an option and what it is
         assert '=' in line.split()[0] and len(line.split()) > 1
     said = {word.partition('=')[0] for word in run.stdout.split() if '=' in word}
-    assert {key for key in utils._flat(OmegaConf.to_container(cfg_of(script)))
+    assert {key for key in utils.flat(OmegaConf.to_container(cfg_of(script)))
             if not key.startswith(('drqv2.', 'imitator.'))} <= said
 
 
@@ -210,7 +210,7 @@ def test_it_is_said_of_every_key_what_it_may_be(script, variant):
 
 def test_of_no_other_key():
     known = {f'{script}.{key}' for script in SCRIPTS
-             for key in utils._flat(OmegaConf.to_container(cfg_of(script)))}
+             for key in utils.flat(OmegaConf.to_container(cfg_of(script)))}
     rules = [key for keys in yaml.safe_load((CFGS / 'allowed.yaml').read_text()).values()
              for key in keys]
     assert len(rules) == len(set(rules))
