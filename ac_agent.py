@@ -767,6 +767,9 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         # Snapshots from before the agent saw its actions have no number of them.
         layout = [args['num_frames'], args['lookahead'], args.get('num_actions', 0)]
         reward = Reward(args['reward_scale'], args['time_power'], args['w_feature'])
+    if 'oracle' in made_by:  # see benchmarks/oracles.py
+        raise UserError(f'{path} was trained by an oracle, which sees what an imitator never has: '
+                        'choose a run of train_ac.py.')
     model, _ = load_translator(translator, task_name, recipe, torch.device('cpu'),
                                args['precision'])
     if utils.sha256(translator) != translator_sha256:

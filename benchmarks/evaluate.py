@@ -142,7 +142,12 @@ def judge(path: Path, args: argparse.Namespace) -> str:
     returns = np.array([result['return'] for result in results])
     text = (f'{path}, {kind} of {task}: {returns.mean():.1f} ± {returns.std():.1f} over '
             f'{len(returns)} episodes, lowest {returns.min():.1f}')
-    if kind == 'imitator':
+    if kind == 'imitator' and 'expert_return' not in results[0]:  # of one's own videos
+        scores = -np.array([result['distance'] for result in results])
+        low = np.mean([result['random_return'] for result in results])
+        text += (f'; random {low:.1f}; squared distance of codes {-scores.mean():.3f}; no score, '
+                 "since the return of the videos' expert is not known")
+    elif kind == 'imitator':
         expert, low = (np.array([result[f'{who}_return'] for result in results])
                        for who in ('expert', 'random'))
         scores = episode_scores(returns, expert, low)
@@ -161,7 +166,7 @@ def judge(path: Path, args: argparse.Namespace) -> str:
     target = args.out or path.with_suffix('.mp4')
     every = math.ceil(max(result['steps'] for result in results)
                       / MOST_FRAMES[target.suffix])
-    shown = [episode for episode, result in enumerate(results) if kind == 'expert'
+    shown = [episode for episode, result in enumerate(results) if 'expert_return' not in result
              or result['expert_return'] > result['random_return']] or range(len(results))
     clips = [film(player, args.seed, shown[i], results[shown[i]], every)
              for i in spread(scores[shown], min(args.show, len(shown)))]

@@ -2,9 +2,12 @@
 
 What it reaches beside train_ac.py with the same options tells what tracking, or the code, costs:
 
-reward: the task's own reward is what the critic learns from (with relabel=0 hindsight=0);
+reward: the task's own reward is what the critic learns from, and no transition is relabelled;
 pose: the physical pose of each frame stands in for its code.
+
+The run's snapshot says which oracle made it, and nothing takes it for an imitator's.
 """
+import functools
 import sys
 from pathlib import Path
 
@@ -13,10 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import ac_agent  # noqa: E402
 import dmc  # noqa: E402
 import train_ac  # noqa: E402
 import utils  # noqa: E402
 from ac_agent import ACAgent, Demonstrations, Imitation, Translation  # noqa: E402
+from train import Workspace  # noqa: E402
 
 
 class TaskReward(dmc.Wrapper):
@@ -40,11 +45,20 @@ class RewardedImitation(Imitation):
 
 
 class RewardedAgent(ACAgent):
-    """An imitator whose critic learns from the replayed reward, also without targets."""
+    """An imitator whose critic learns from the replayed reward, also without targets. Of other
+    targets the task's reward is not known, so none are relabelled."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self._discriminates = False
+        self._discriminates, self._relabel, self._hindsight = False, 0.0, 0.0
+
+
+def check_rewarded(cfg, check=train_ac.check_all_settings):
+    """Raise UserError for settings with which there is no run, or no critic in it."""
+    check(cfg)
+    if not cfg.agent.w_critic:
+        raise utils.UserError("w_critic=0 leaves no critic to learn from the task's reward: set "
+                              'w_critic=1.')
 
 
 class PoseDemonstrations(Demonstrations):
@@ -102,16 +116,26 @@ class PoseImitation(Imitation):
         super().__init__(PoseBesideFrame(env, demos), demos, *args, **options)
 
 
-ORACLES = {'reward': {'Imitation': RewardedImitation, 'ACAgent': RewardedAgent},
+ORACLES = {'reward': {'Imitation': RewardedImitation, 'ACAgent': RewardedAgent,
+                      'check_all_settings': check_rewarded},
            'pose': {'Imitation': PoseImitation, 'Demonstrations': PoseDemonstrations}}
+
+
+def make_workspace(oracle: str, *args, **options) -> Workspace:
+    """Return a `Workspace` whose snapshots say which oracle made them."""
+    *args, made_by, last = args
+    return Workspace(*args, made_by | {'oracle': oracle}, last, **options)
 
 
 def main():
     if len(sys.argv) < 2 or sys.argv[1] not in ORACLES:
         raise utils.UserError('usage: python benchmarks/oracles.py {reward,pose} task=TASK ...')
-    for name, stand_in in ORACLES[sys.argv.pop(1)].items():
-        for module in (sys.modules['ac_agent'], train_ac):
+    oracle, command = sys.argv.pop(1), utils.command
+    for name, stand_in in ORACLES[oracle].items():
+        for module in (ac_agent, train_ac):
             setattr(module, name, stand_in)
+    train_ac.Workspace = functools.partial(make_workspace, oracle)
+    utils.command = lambda: command().replace('train_ac.py', f'benchmarks/oracles.py {oracle}', 1)
     train_ac.main()
 
 

@@ -64,6 +64,8 @@ class Run(NamedTuple):
         """What an option was in this run, whether it was given or not."""
         if key == 'translator':
             return self.made_by['translator_sha256'][:8]
+        if key == 'oracle':
+            return self.made_by.get('oracle', 'none')
         value = OmegaConf.select(self.cfg, key)
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value)
@@ -112,6 +114,10 @@ def read(folder: Path) -> Run:
     with utils.must_fit(folder, 'choose the folder of a finished run of train_ac.py'):
         cfg = OmegaConf.load(config)
         made = utils.load_snapshot(snapshot, 'imitator', cfg.task_name)
+        if 'mp4_sha256' in made['made_by']:
+            raise utils.UserError(f'{folder} imitated your own videos, and what their expert '
+                                  'returned is not known: runs on own videos have no score, leave '
+                                  'it out.')
         options = dict(text.lstrip('+').split('=', 1) for text in OmegaConf.load(overrides))
         options = {key: value for key, value in options.items()
                    if key not in UNSAID and not key.startswith('hydra')}
@@ -135,6 +141,8 @@ def sort(runs: list[Run]) -> list[Task]:
 
 def sort_task(name: str, runs: list[Run]) -> Task:
     keys = [*sorted(set().union(*(run.options for run in runs))), 'translator']
+    if any('oracle' in run.made_by for run in runs):  # see oracles.py
+        keys.append('oracle')
     rows = {}
     for run in runs:
         row = rows.setdefault(tuple(run.setting(key) for key in keys), [])

@@ -1,12 +1,20 @@
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fakes import FakeDemos, FakeEnv
-from oracles import PoseBesideFrame, PoseDemonstrations, RewardedAgent, RewardedImitation
+from oracles import (
+    PoseBesideFrame,
+    PoseDemonstrations,
+    RewardedAgent,
+    RewardedImitation,
+    check_rewarded,
+)
 
 from ac_agent import Layout, Play, Reward
+from utils import UserError
 
 LAYOUT = Layout(2, 1, (1,), 0, 2)
 
@@ -24,12 +32,21 @@ def test_the_reward_is_the_task_s():
 
 
 def test_without_targets_the_critic_learns_from_what_is_replayed():
-    agent = RewardedAgent([3], 2, 2, 1, [], w_critic=1.0, w_clone=1.0, hidden_dim=8,
-                          feature_dim=None, demos=torch.zeros(1, 5, 2),
+    agent = RewardedAgent([3], 2, 2, 1, [], w_critic=1.0, w_clone=1.0, hidden_dim=8, relabel=0.4,
+                          hindsight=0.4, feature_dim=None, demos=torch.zeros(1, 5, 2),
                           play=Play(torch.zeros(1, 5, 2), torch.zeros(1, 4, 2)))
     batch = torch.zeros(4, 3), torch.zeros(4, 2), torch.full((4, 1), 7.0), torch.ones(4, 1)
     replay = SimpleNamespace(sample=lambda batch_size, ahead: (*batch, batch[0]))
     assert (agent.draw(replay, 4)[2] == 7).all()
+
+
+@pytest.mark.parametrize('w_critic, words', [(0, 'w_critic=0 leaves no critic .*: set w_critic=1'),
+                                             (1, None)])
+def test_the_reward_takes_a_critic(w_critic, words):
+    cfg, checked = SimpleNamespace(agent=SimpleNamespace(w_critic=w_critic)), []
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        check_rewarded(cfg, checked.append)
+    assert checked == [cfg]
 
 
 class FakeClips:

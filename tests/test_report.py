@@ -35,7 +35,8 @@ def run(tmp_path):
     return write_run(tmp_path / 'a')
 
 
-def write_run(folder, seed=2, task='reacher_hard', sha256='1234567890abcdef', **settings):
+def write_run(folder, seed=2, task='reacher_hard', sha256='1234567890abcdef', made_by=(),
+              **settings):
     (folder / '.hydra').mkdir(parents=True)
     config = dict(line.split(': ', 1) for line in CONFIG.splitlines())
     config |= {'seed': seed, 'task_name': task, **settings}
@@ -51,7 +52,7 @@ def write_run(folder, seed=2, task='reacher_hard', sha256='1234567890abcdef', **
     (folder / 'episodes.csv').write_text(
         f'{COLUMNS}\n' + '\n'.join(f'{value},40,0' for value in (-360, 40, 40, 40, 40, 380)))
     utils.save_snapshot(folder / 'snapshot.pt', 'imitator', task, {'made_by': {
-        'seed': seed, 'action_repeat': 2, 'translator_sha256': sha256}})
+        'seed': seed, 'action_repeat': 2, 'translator_sha256': sha256, **dict(made_by)}})
     return folder
 
 
@@ -85,6 +86,23 @@ def test_rows_are_named_by_what_differs_in_truth(run, tmp_path):
         ['reacher_hard `w_critic=1`', '2'],
         ['reacher_hard `lookahead=[] translator=ffffffff`', '3'], ['finger_spin', '9']]
     assert tasks[0].base == 'lookahead=[1,2] num_demos=30 w_critic=0 translator=12345678'
+
+
+def test_a_run_of_an_oracle_has_a_row_of_its_own(run, tmp_path):
+    oracle = write_run(tmp_path / 'b', made_by={'oracle': 'pose'})
+    assert read(run)[0].rows.keys() == {'base'}
+    [task] = read(run, write_run(tmp_path / 'c', seed=3), oracle)
+    assert {name: len(runs) for name, runs in task.rows.items()} == {'base': 2, 'oracle=pose': 1}
+    assert task.base.endswith(' oracle=none')
+
+
+def test_a_run_on_ones_own_videos_has_no_score(tmp_path):
+    folder = write_run(tmp_path / 'own', made_by={'mp4_sha256': 'none'})
+    for name in ('eval.csv', 'episodes.csv'):
+        text = (folder / name).read_text().replace('expert_return', 'distance')
+        (folder / name).write_text(text)
+    with pytest.raises(utils.UserError, match='own imitated your own videos.* have no score'):
+        report.read(folder)
 
 
 def test_a_seed_counts_once(run, tmp_path):

@@ -1,12 +1,15 @@
 import argparse
+import functools
 import os
 import signal
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import evaluate
 import imageio.v3 as iio
 import numpy as np
+import oracles
 import pytest
 import torch
 from fakes import CFGS, Killed, rows
@@ -403,12 +406,47 @@ def test_what_ones_own_videos_do_not_tell_is_not_reported(imported, tmp_path):
     workspace.eval()
     text = train_ac.report(workspace, num_videos=1)
     result = workspace.last_eval
-    assert f"| return, imitator | {result['task_return']:.1f} |" in text
     assert f"| squared distance of codes | {result['distance']:.3f} |" in text
     assert 'there is no score' in text and 'PSNR' not in text and '(expert' not in text
     assert 'expert_return' not in result and 'psnr_translation' not in result
     episodes = np.genfromtxt(tmp_path / 'run/episodes.csv', delimiter=',', names=True)
     assert episodes.dtype.names == ('task_return', 'random_return')
+    returns = episodes['task_return']
+    assert f'| return, imitator | {returns.mean():.1f} ± {returns.std():.1f} |' in text
+
+
+def test_evaluate_tells_how_near_ones_own_videos_it_stays(imported, tmp_path):
+    workspace = make(imported, tmp_path / 'run')
+    workspace.eval()
+    workspace.save_snapshot()
+    args = argparse.Namespace(episodes=2, seed=imported.seed, contexts='own', show=1,
+                              translator=imported.snapshot, out=tmp_path / 'x.gif',
+                              videos=f'{imported.data_dir}/valid')
+    line, _ = evaluate.judge(tmp_path / 'run', args).splitlines()
+    distance = workspace.last_eval['distance']
+    assert f'squared distance of codes {distance:.3f}; no score, since' in line
+    assert 'expert ' not in line.partition('no score')[0] and (tmp_path / 'x.gif').exists()
+
+
+@pytest.mark.parametrize('changes', [{'w_critic': 1.0}, {'w_critic': 1.0, 'lookahead': []}])
+@pytest.mark.parametrize('oracle', oracles.ORACLES)
+def test_an_oracle_learns_and_is_taken_for_no_imitator(cfg, tmp_path, monkeypatch, oracle):
+    with monkeypatch.context() as patch:
+        for name, stand_in in oracles.ORACLES[oracle].items():
+            for module in (ac_agent, train_ac):
+                patch.setattr(module, name, stand_in, raising=False)
+        patch.setattr(train_ac, 'Workspace', functools.partial(oracles.make_workspace, oracle))
+        for split in ('train', 'valid', 'play'):
+            edit(Path(cfg.data_dir, split, 'meta.json'), joints=['hinge', 'hinge'])
+        workspace = make(cfg, tmp_path / 'run')
+        workspace.run(80)
+        workspace.save_snapshot()
+        make(cfg, tmp_path / 'run')  # the same oracle goes on
+    with pytest.raises(UserError, match=f'oracle={oracle}, not None'):
+        make(cfg, tmp_path / 'run')
+    with pytest.raises(UserError, match='was trained by an oracle, which sees what an imitator'):
+        ac_agent.load_imitator(tmp_path / 'run/snapshot.pt', cfg.snapshot,
+                               f'{cfg.data_dir}/valid', 'reacher_hard')
 
 
 def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_path):
