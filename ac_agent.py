@@ -51,39 +51,40 @@ class Layout(NamedTuple):
 
     def join(self, features: torch.Tensor, targets: torch.Tensor, left: torch.Tensor,
              actions: torch.Tensor) -> torch.Tensor:
-        """(..., num_frames, D), (..., len(lookahead), D), (..., 1), (..., num_actions, A)
-        -> (..., size)."""
+        """Return observations (..., size) of parts (..., num_frames, D), (..., len(lookahead), D),
+        (..., 1) and (..., num_actions, A)."""
         return torch.cat([features.flatten(-2), targets.flatten(-2), left, actions.flatten(-2)],
                          dim=-1)
 
     def split(self, obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The inverse of `join`; what it returns are views."""
+        """Return the parts, as views: the inverse of `join`."""
         parts = obs.split([math.prod(shape) for shape in self.shapes], dim=-1)
         return tuple(part.unflatten(-1, shape) for part, shape in
                      zip(parts, self.shapes, strict=True))
 
     def history(self, episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor
                 ) -> torch.Tensor:
-        """Features of `episodes` (N, T+1, D), number i (B,), at steps (B,) and before them
-        -> (B, num_frames, D), newest first."""
+        """Return features of `episodes` (N, T+1, D), number i (B,), at steps (B,) and before them:
+        (B, num_frames, D), newest first."""
         return moments(episodes, i, steps, range(0, -self.num_frames, -1))
 
     def targets(self, demos: torch.Tensor, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Demonstrations (N, T+1, D), number i (B,), seen from steps (B,) -> (B, L, D)."""
+        """Return those of demonstrations (N, T+1, D), number i (B,), seen from steps (B,):
+        (B, L, D)."""
         return moments(demos, i, steps, self.lookahead)
 
 
 def past_actions(actions: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, num: int
                  ) -> torch.Tensor:
-    """Actions (N, T, A) of episodes number i (B,), the last `num` before steps (B,)
-    -> (B, num, A), newest first; zeros before the start."""
+    """Return of actions (N, T, A), episodes number i (B,), the last `num` before steps (B,):
+    (B, num, A), newest first; zeros before the start."""
     at = steps[:, None] - torch.arange(1, num + 1, device=steps.device)
     return actions[i[:, None], at.clamp(min=0)] * (at >= 0)[..., None]
 
 
 def moments(episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, offsets) -> torch.Tensor:
-    """Features of `episodes` (N, T+1, D), number i (B,), at steps (B,) + offsets (n,)
-    -> (B, n, D); beyond both ends those of the first and the last frame."""
+    """Return features of `episodes` (N, T+1, D), number i (B,), at steps (B,) + offsets (n,):
+    (B, n, D); beyond both ends those of the first and the last frame."""
     at = steps[:, None] + torch.tensor(list(offsets), dtype=torch.long, device=steps.device)
     return episodes[i[:, None], at.clamp(0, episodes.shape[1] - 1)]
 
@@ -107,7 +108,7 @@ class Reward(NamedTuple):
         return self.w_feature * (features - targets).square().mean(-1)
 
     def __call__(self, distance: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """distance >= 0, time t/T in (0, 1]."""
+        """Return the reward for distance >= 0 at time t/T in (0, 1]."""
         worth = -distance if self.scale is None else torch.exp(-distance / self.scale)
         return time ** self.time_power * worth
 
@@ -122,7 +123,7 @@ class Translation(NamedTuple):
 
 def load_translator(path: str | Path, task_name: str, recipe: str, device: torch.device,
                     precision: str) -> tuple[ContextTranslator, dict[str, float]]:
-    """-> a translator, ready to answer, and its scores.
+    """Return a translator, ready to answer, and its scores.
 
     Raises: UserError where it is missing, was made of other pictures or by another recipe.
     """
@@ -167,7 +168,7 @@ class Demonstrations:
         return len(self.clips)
 
     def _find_scale(self, num_episodes: int = 50) -> tuple[list, float]:
-        """-> the mean of features, in plain numbers, and their standard deviation."""
+        """Return the mean of features, in plain numbers, and their standard deviation."""
         if self._model.code:  # has the scale of its own normalisation
             return [0.0] * self.feature_dim, 1.0
         z = torch.cat([self._encode(i).flatten(0, 1).float()
@@ -175,13 +176,13 @@ class Demonstrations:
         return z.mean(0).tolist(), float(z.var(0).mean().sqrt())
 
     def _features(self, z: torch.Tensor) -> torch.Tensor:
-        """z1 or z3 (..., Z) -> (..., D)."""
+        """Return features (..., D) of z1 or z3 (..., Z)."""
         z = self._model.code(z) if self._model.code else z.float()
         return (z - self._mean) / self.scale[1]
 
     @torch.no_grad()
     def _encode(self, i: int) -> torch.Tensor:
-        """-> z1 (C, T+1, Z) of episode i."""
+        """Return z1 (C, T+1, Z) of episode i."""
         if i not in self._encoded:
             frames = torch.from_numpy(np.array(self.clips.frames(i))).to(self._device)
             self._encoded[i] = self._model.encode(frames)
@@ -189,20 +190,20 @@ class Demonstrations:
 
     @torch.no_grad()
     def encode(self, frame: np.ndarray) -> torch.Tensor:
-        """uint8 (H, W, 3) -> float32 (D,)."""
+        """Return the features, float32 (D,), of a frame, uint8 (H, W, 3)."""
         frames = torch.from_numpy(frame).to(self._device)[None]
         return self._features(self._model.encode(frames))[0].cpu()
 
     @torch.no_grad()
     def features(self) -> torch.Tensor:
-        """All episodes, the mean over their contexts: float32 (N, T+1, D)."""
+        """Return those of all episodes, the mean over their contexts: float32 (N, T+1, D)."""
         return torch.stack([self._features(self._encode(i)).mean(0).cpu()
                             for i in range(len(self))])
 
     @torch.no_grad()
     def translate(self, i: int, sources: list[int], first: np.ndarray, images: bool = False
                   ) -> Translation:
-        """Demonstration i translated into the context of `first`: the mean over its sources.
+        """Translate demonstration i into the context of `first`: the mean over its sources.
 
         Args:
           first: uint8 (H, W, 3), the agent's first image.
@@ -376,19 +377,13 @@ class Imitation(dmc.Wrapper):
                                  ).numpy()
 
     def panels(self, im_size: int) -> dict[str, np.ndarray]:
-        """What a video of the episode shows side by side: caption -> uint8 (H, W, 3).
+        """Return what a video of the episode shows side by side: caption -> uint8 (H, W, 3).
 
         All are of the translator's size, whatever `im_size` is.
         """
         return {'expert, source context': self._source[self._step],
                 'translation': self._translation.images[self._step],
                 'imitator, target context': self._frame}
-
-    def note(self) -> str:
-        """Return how the episode went, to end a video's last caption; takes `evaluate`."""
-        info = self.episode_info
-        best = f" of {info['expert_return']:.0f}" if 'expert_return' in info else ''
-        return f": {info['task_return']:.0f}{best}"
 
 
 SUCCESS = 0.8  # the score at which an episode counts as coming within 80% of the expert's
@@ -408,6 +403,14 @@ def episode_scores(imitator: np.ndarray, expert: np.ndarray, random: np.ndarray)
     return 1 - (expert - imitator) / (span or float('nan'))
 
 
+def film(panels: list[dict[str, np.ndarray]], own: float, expert: float | None = None
+         ) -> np.ndarray:
+    """Return an episode's clip, uint8 (T, H, W, 3), of what `panels` gave at each step. Its
+    returns end the last caption, and its last frame stands still for ten more."""
+    note = f': {own:.0f}' + ('' if expert is None else f' of {expert:.0f}')
+    return video.panels_side_by_side([*panels, *[panels[-1]] * 10], note)
+
+
 def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_actions: int,
              reward: Reward, w_img: float = 0.0, evaluate: bool = False) -> Imitation:
     """Return the `Imitation` of the demonstrations' task, with their scenery and action repeat.
@@ -424,8 +427,8 @@ def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_a
 
 
 def seen_from_now(history: torch.Tensor) -> torch.Tensor:
-    """Features (..., num_frames, D), newest first -> the same shape: the older ones become how they
-    have moved since."""
+    """Return features (..., num_frames, D), newest first, in the same shape: the older ones become
+    how they have moved since."""
     now = history[..., :1, :]
     return torch.cat([now, history[..., 1:, :] - now], dim=-2)
 
@@ -486,7 +489,7 @@ class ACAgent(DrQV2Agent):
     """
 
     NUM_AHEAD = 3  # frames after an action that the inverse model sees: a contact shows late
-    MEAN_RATE = 0.002  # at which running means follow the weights: some 500 updates
+    MEAN_RATE = 0.002  # rate of the running means, which average over some 500 updates
     SLOPE_WEIGHT = 0.1  # keeps the discriminator smooth, so that being nearer pays
     LR_SHARE = 0.3  # the discriminator's lr as a share of the others': the critic has to follow
 
@@ -523,10 +526,11 @@ class ACAgent(DrQV2Agent):
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
         self._relabel, self._hindsight, self._discount = relabel, hindsight, discount
         self._discriminates = bool(w_critic and w_clone and not lookahead)
-        self.pursues_reward = bool(lookahead)  # without targets it does not track
+        # without targets it does not learn from the loop's reward
+        self.pursues_reward = bool(lookahead)
         if self._discriminates:
             # Half of the critic's steps are play's, or more. With layer normalisation it does not
-            # overrate what play never did (Ball et al. 2023).
+            # overestimate actions absent from play (Ball et al. 2023).
             self.mlp = normed_mlp
         super().__init__(obs_shape, action_dim, lr=lr, hidden_dim=hidden_dim, **drqv2_args)
         if w_clone:
@@ -557,7 +561,7 @@ class ACAgent(DrQV2Agent):
         self._num_updates = state.get('num_updates', 0)
 
     def update(self, replay_buffer, batch_size: int, step: int) -> dict[str, torch.Tensor]:
-        """One update of all parts in every `update_every_steps` steps; -> metrics."""
+        """Update all parts once in every `update_every_steps` steps, and return metrics."""
         if step % self.update_every_steps:
             return {}
         if self._w_clone and not self._num_updates:
@@ -568,7 +572,7 @@ class ACAgent(DrQV2Agent):
 
     def _update(self, replay_buffer, batch_size: int, step: int, with_critic) -> dict:
         """Update inverse model and discriminator, then critic and actor, or the actor by cloning
-        alone; -> metrics."""
+        alone, and return metrics."""
         metrics = self.update_inverse(replay_buffer, batch_size) if self._w_clone else {}
         if with_critic and self._discriminates:
             metrics |= self.update_discriminator(replay_buffer, batch_size)
@@ -581,8 +585,8 @@ class ACAgent(DrQV2Agent):
     @staticmethod
     def _infer_actions(inverse: nn.Module, history: torch.Tensor, later: torch.Tensor
                        ) -> torch.Tensor:
-        """Features (B, num_frames, D), newest first, and what came next (B, NUM_AHEAD, D)
-        -> the actions after the newest (B, A)."""
+        """Return the actions (B, A) after the newest of features (B, num_frames, D), newest first,
+        given what came next (B, NUM_AHEAD, D)."""
         seen = torch.cat([seen_from_now(history), later - history[:, :1]], dim=1)
         return inverse(seen.flatten(1)).tanh()
 
@@ -619,13 +623,15 @@ class ACAgent(DrQV2Agent):
 
     @torch.no_grad()
     def _label(self, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Demonstrations number i (B,), at steps (B,) -> actions (B, A), zeros before the start."""
+        """Return the actions (B, A) of demonstrations number i (B,) at steps (B,), zeros before the
+        start."""
         history = self._layout.history(self._demos, i, steps)
         later = moments(self._demos, i, steps, range(1, self.NUM_AHEAD + 1))
         return self._infer_actions(self.labeller, history, later) * (steps >= 0)[:, None]
 
     def clone_loss(self, batch_size: int) -> torch.Tensor:
-        """How far the actor is from what the inverse model reads out of demonstrations, 0-d."""
+        """Return how far the actor is from what the inverse model reads out of demonstrations,
+        0-d."""
         demos, layout = self._demos, self._layout
         i = torch.randint(len(demos), (batch_size,), device=self.device)
         steps = torch.randint(demos.shape[1] - 1, (batch_size,), device=self.device)
@@ -654,7 +660,7 @@ class ACAgent(DrQV2Agent):
         return metrics
 
     def update_clone(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """One update of the actor by cloning alone."""
+        """Update the actor once, by cloning alone."""
         return self.step_actor(self._w_clone * self.clone_loss(batch_size))
 
     # -------------------------------------------------------------------------- discriminator
@@ -702,8 +708,8 @@ class ACAgent(DrQV2Agent):
         return n, n + round(self._hindsight * batch_size)
 
     def draw(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """-> obs (B, n), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, n), float32:
-        the first relabelled, those after them in hindsight, see `_ends`."""
+        """Sample obs (B, n), action (B, A), reward (B, 1), discount (B, 1) and next_obs (B, n), all
+        float32: the first relabelled, those after them in hindsight, see `_ends`."""
         if self._discriminates:
             return self._draw_own(replay_buffer, batch_size)
         layout = self._layout
@@ -748,7 +754,8 @@ def action_loss(predicted: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
 
 def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, task_name: str,
                   evaluate: bool = False) -> tuple[Imitation, ACAgent]:
-    """-> an imitator's environment with these demonstrations, and the imitator, to act on the CPU.
+    """Return an imitator's environment with these demonstrations, and the imitator, to act on the
+    CPU.
 
     Args:
       path: its snapshot; translator: the one that it was trained with.

@@ -1,4 +1,5 @@
-"""Metrics on their way out: a CSV for each kind, TensorBoard scalars, and the console."""
+"""Write metrics: to a CSV for each kind, the console, and TensorBoard, which also gets films and
+hyperparameters."""
 import csv
 import shutil
 import sys
@@ -222,7 +223,8 @@ class _TensorBoard:
         self._writer.flush()
 
     def write_film(self, step: int, film: np.ndarray):
-        """As an animated GIF, an image to TensorBoard: `SummaryWriter.add_video` needs moviepy."""
+        """Write a clip as an animated GIF, an image to TensorBoard: `SummaryWriter.add_video` needs
+        moviepy."""
         from tensorboard.compat.proto.summary_pb2 import Summary
         height, width = film.shape[1] // 2, film.shape[2] // 2
         images = [cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)

@@ -22,6 +22,7 @@ from ac_agent import (
     Reward,
     encode_play,
     episode_scores,
+    film,
     load_translator,
     make_env,
 )
@@ -34,7 +35,7 @@ WORKED = {'agreement': (0.01, -1), 'agreement_play': (0.015, -1), 'rank': (0.3, 
 
 
 def check_all_settings(cfg):
-    """Raises: UserError for settings with which there is no run."""
+    """Raise UserError for settings with which there is no run."""
     check_settings(cfg, 'train_ac')
     agent, is_paper = cfg.agent, cfg.recipe == 'liu2017'
     tracks, discriminates = (agent.w_critic and agent.lookahead,
@@ -102,8 +103,8 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
     cfg, result, films = workspace.cfg, workspace.last_eval, []
     for episode in range(num_videos):
         panels = [workspace.eval_env.panels(64) for _ in workspace.play(episode)]
-        films.append(video.panels_side_by_side(
-            [*panels, *[panels[-1]] * 10], workspace.eval_env.note()))
+        info = workspace.eval_env.episode_info
+        films.append(film(panels, info['task_return'], info.get('expert_return')))
     path = workspace.work_dir / 'demo.mp4'
     video.save(path, np.concatenate(films))
     columns = [name for name in ('task_return', 'expert_return', 'random_return') if name in result]

@@ -21,22 +21,23 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dmc  # noqa: E402  first: it chooses the OpenGL backend
+import dmc  # first: it chooses the OpenGL backend
 
 # isort: split
-import plain  # noqa: E402
-import torch  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
+import plain
+import torch
+from evaluate import table, table_row
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-import ac_agent  # noqa: E402
-import ct_model  # noqa: E402
-import generate_expert_video  # noqa: E402
-import train  # noqa: E402
-import train_ac  # noqa: E402
-import train_ct  # noqa: E402
-import utils  # noqa: E402
-from drqv2 import random_shift  # noqa: E402
+import ac_agent
+import ct_model
+import generate_expert_video
+import train
+import train_ac
+import train_ct
+import utils
+from drqv2 import random_shift
 
 TASK, NUM_THREADS = 'reacher_hard', torch.get_num_threads()
 
@@ -111,7 +112,7 @@ def rendering(device, folder) -> Iterator[Row]:
 
 
 def run(workspace, num_steps: int) -> Callable:
-    """-> what goes `num_steps` on in the run's own loop, which has all that it needs to learn."""
+    """Return what goes `num_steps` on in the run's own loop, which has all it needs to learn."""
     def go(num_steps=num_steps):
         workspace.run((workspace.global_step + num_steps) * workspace.cfg.action_repeat)
 
@@ -359,7 +360,7 @@ def main():
     utils.set_seed_everywhere(0)
     peak = peak_flops(device)
     if not args.json:
-        print('| part | ours | plain | ratio | |\n|---|---|---|---|---|', flush=True)
+        print(table(['part', 'ours', 'plain', 'ratio', '']), flush=True)
     for part in args.parts or PARTS:
         for result in measured(part, device, peak):
             if args.json:
@@ -367,8 +368,8 @@ def main():
                 continue
             note = (f"{result['share_of_peak']:.0%} of peak" if 'share_of_peak' in result else
                     f"differs by {result['difference']:.3f}/255" if 'difference' in result else '')
-            print(f"| {result['part']} | {result['ours']:.4g} {result['unit']} | "
-                  f"{result['plain']:.4g} | {result['ratio']:.1f} | {note} |", flush=True)
+            print(table_row([result['part'], f"{result['ours']:.4g} {result['unit']}",
+                             f"{result['plain']:.4g}", f"{result['ratio']:.1f}", note]), flush=True)
 
 
 if __name__ == '__main__':

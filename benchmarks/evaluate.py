@@ -13,7 +13,7 @@ and demo/expert/<task>.gif as well.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +23,15 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dmc  # noqa: E402  first: it chooses the OpenGL backend
+import dmc  # first: it chooses the OpenGL backend
 
 # isort: split
-import utils  # noqa: E402
-import video  # noqa: E402
-from ac_agent import SUCCESS, episode_scores, load_imitator  # noqa: E402
-from contexts import Scenery  # noqa: E402
-from generate_expert_video import load_expert  # noqa: E402
-from train import EVAL  # noqa: E402
+import utils
+import video
+from ac_agent import SUCCESS, episode_scores, film, load_imitator
+from contexts import Scenery
+from generate_expert_video import load_expert
+from train import EVAL
 
 # Returns over 20 episodes of 1000 frames that a shipped expert should reach.
 BARS = {'reacher_hard': 920, 'finger_spin': 850, 'finger_turn_easy': 900, 'walker_walk': 920,
@@ -40,6 +40,16 @@ BARS = {'reacher_hard': 920, 'finger_spin': 850, 'finger_turn_easy': 900, 'walke
 MISSED = '(not reached)'
 SEED = 2026  # of episodes that no training run was judged by
 MOST_FRAMES = {'.mp4': 250, '.gif': 30}  # of an episode; of more, every second, third, ...
+
+
+def table_row(cells: Iterable) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(names: list[str], rows: Iterable[Iterable] = ()) -> str:
+    """Return a Markdown table, or its head only."""
+    return '\n'.join([table_row(names), f"|{'---|' * len(names)}", *map(table_row, rows)])
 
 
 def shipped() -> list[Path]:
@@ -55,7 +65,7 @@ class Player(NamedTuple):
     start: Callable[[int], dict] = lambda episode_seed: {}
 
     def play(self, seed: int, episode: int) -> Iterator:
-        """Yields the time steps of a whole episode, the same start for every policy."""
+        """Yield the time steps of a whole episode, the same start for every policy."""
         episode_seed = utils.derive_seed(seed, EVAL, episode)
         time_step = self.env.reset(episode_seed=episode_seed, **self.start(episode_seed))
         yield time_step
@@ -64,7 +74,8 @@ class Player(NamedTuple):
             yield time_step
 
     def results(self, num_episodes: int, seed: int = SEED) -> list[dict[str, float]]:
-        """-> for each episode its 'return' and its 'steps', and what else the environment tells."""
+        """Return for each episode its 'return' and its 'steps', and what else the environment
+        tells."""
         results = []
         for episode in range(num_episodes):
             rewards = [time_step.reward for time_step in self.play(seed, episode)][1:]
@@ -75,8 +86,8 @@ class Player(NamedTuple):
 
 
 def open_expert(path: Path, task: str, contexts: str = 'own') -> tuple[Player, Player]:
-    """-> the expert, in the task's own look or in random held-out contexts, which it sees where it
-    acts on pixels; and a random policy."""
+    """Return the expert, in the task's own look or in random held-out contexts, which it sees where
+    it acts on pixels; and a random policy."""
     agent, env_args = load_expert(path, task)
     def act(obs):
         return agent.act(obs, 0, eval_mode=True)
@@ -93,19 +104,16 @@ def open_expert(path: Path, task: str, contexts: str = 'own') -> tuple[Player, P
 
 
 def evaluate(path: Path, num_episodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> returns of the expert and of a random policy, in the same episodes."""
+    """Return the returns of the expert and of a random policy, in the same episodes."""
     return tuple(np.array([result['return'] for result in player.results(num_episodes)])
                  for player in open_expert(path, path.stem))
 
 
-def film(player: Player, seed: int, episode: int, result: dict, every: int) -> np.ndarray:
-    """-> a clip of every so many frames of the episode, with its return in the caption."""
+def film_episode(player: Player, seed: int, episode: int, result: dict, every: int) -> np.ndarray:
+    """Return a clip of every so many frames of the episode, see `ac_agent.film`."""
     panels = [player.env.panels(video.PANEL)
               for step, _ in enumerate(player.play(seed, episode)) if step % every == 0]
-    note = f": {result['return']:.0f}"
-    if 'expert_return' in result:
-        note += f" of {result['expert_return']:.0f}"
-    return video.panels_side_by_side([*panels, *[panels[-1]] * 10], note)
+    return film(panels, result['return'], result.get('expert_return'))
 
 
 def spread(values: np.ndarray, num: int) -> list[int]:
@@ -116,7 +124,7 @@ def spread(values: np.ndarray, num: int) -> list[int]:
 
 
 def judge(path: Path, args: argparse.Namespace) -> str:
-    """Play and film a snapshot -> lines that say what came of it.
+    """Play and film a snapshot, and return lines that say what came of it.
 
     Raises: UserError for a file that does not act, and options that do not go with its kind.
     """
@@ -168,7 +176,7 @@ def judge(path: Path, args: argparse.Namespace) -> str:
                       / MOST_FRAMES[target.suffix])
     shown = [episode for episode, result in enumerate(results) if 'expert_return' not in result
              or result['expert_return'] > result['random_return']] or range(len(results))
-    clips = [film(player, args.seed, shown[i], results[shown[i]], every)
+    clips = [film_episode(player, args.seed, shown[i], results[shown[i]], every)
              for i in spread(scores[shown], min(args.show, len(shown)))]
     video.save(target, np.concatenate(clips), fps / every)
     return f'{text}\nvideo: {target}'
@@ -205,15 +213,15 @@ def official(task: str, frames: int) -> tuple[str, str]:
             f"{end['mean']:.0f} at {end['frame'] / 1e6:.1f}M")
 
 
-def line(path: Path, num_episodes: int) -> str:
-    """Plays, prints what came of it, and -> the table's row."""
+def line(path: Path, num_episodes: int) -> list[str]:
+    """Play, print what came of it, and return the cells of the table's row."""
     made = utils.load_snapshot(path, 'expert', path.stem)
     env_args = made['made_by']['env_args']
     expert, rand = evaluate(path, num_episodes)
     frames = made['global_step'] * env_args['action_repeat'] if 'global_step' in made else 0
     at_frames, at_end = official(path.stem, frames)
     bar = BARS.get(path.stem)
-    # of snapshots from before these were kept
+    # older snapshots have no command
     default = f"train.py task={path.stem} obs={env_args['obs']} seed={made['made_by']['seed']}"
     cells = [path.stem, env_args['obs'], f'{frames:,}' if frames else '',
              f"{made['elapsed'] / 60:.0f} min" if 'elapsed' in made else '',
@@ -226,7 +234,7 @@ def line(path: Path, num_episodes: int) -> str:
              f'`{utils.sha256(path)[:16]}`']
     print(f"{path.stem} from {env_args['obs']}: {expert.mean():.1f} +- {expert.std():.1f}, "
           f'lowest {expert.min():.0f}; random {rand.mean():.1f}', flush=True)
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def write_table(num_episodes: int):
@@ -247,7 +255,7 @@ def write_table(num_episodes: int):
             '"sha256" is the first 16 digits of the file\'s. Where a task has two, the expert from '
             'pixels is `experts/<task>.pt`, and the one from states that it replaced is in '
             '`experts/states/`.\n\n'
-            f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n" + '\n'.join(lines) + '\n')
+            f'{table(names, lines)}\n')
     with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
         tmp.write_text(text)
     for path in (ROOT / 'experts').glob('*.pt'):

@@ -33,14 +33,16 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dmc  # noqa: E402  first: it chooses the OpenGL backend
+import dmc  # first: it chooses the OpenGL backend
 
 # isort: split
-import ac_agent  # noqa: E402
-import generate_expert_video  # noqa: E402
-import utils  # noqa: E402
-import video  # noqa: E402
-from replay_buffer import ReplayBuffer  # noqa: E402
+from evaluate import table, table_row
+
+import ac_agent
+import generate_expert_video
+import utils
+import video
+from replay_buffer import ReplayBuffer
 
 TASK = 'reacher_easy'
 COLUMNS = 'tried', 'refused', 'survived', 'undetected', 'failed'
@@ -149,7 +151,7 @@ def read_videos(root: Path):
 
 
 def ring(folder: Path, num_episodes: int) -> tuple[Callable, list[Path]]:
-    """-> what reads a ring of 100 rows back as a resumed run does, and its files."""
+    """Return what reads a ring of 100 rows back as a resumed run does, and its files."""
     env, action = dmc.make(TASK, obs='states'), np.zeros(2, np.float32)
 
     def make(resume: bool) -> ReplayBuffer:
@@ -317,7 +319,7 @@ def full_disk(command: list[str], whole: bytes, folder: Path, size: int) -> Coun
 
 
 def campaign(folder: Path, rng: random.Random):
-    """Yields the table's rows: what was tried, and how it ended."""
+    """Yield the table's rows: what was tried, and how it ended."""
     scripts, wholes, seconds, sizes = commands(folder), {}, {}, {}
     for name, command in scripts.items():
         began = time.monotonic()
@@ -344,7 +346,7 @@ def campaign(folder: Path, rng: random.Random):
                             ('an episode', 'episode_00001.json', 300), ('meta', 'meta.json', 300)):
         yield f'videos, {kind}: flipped bits, cuts', damage(
             root / name, lambda: read_videos(root), rng, num)
-    for num_episodes in (3, 12):  # before and after it goes round
+    for num_episodes in (3, 12):  # before and after the ring wraps
         read, files = ring(folder / f'ring{num_episodes}', num_episodes)
         yield f'replay buffer, {num_episodes} episodes: flipped bits, cuts', sum(
             (damage(path, read, rng, 60) for path in files), Counter())
@@ -376,13 +378,13 @@ def main():
     rng = random.Random(parser.parse_args().seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     total = Counter()
-    print(f"| fault | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
+    print(table(['fault', *COLUMNS]))
     with tempfile.TemporaryDirectory() as folder:
         for what, counts in campaign(Path(folder), rng):
             counts['tried'] = sum(counts.values())
             total += counts
-            print(f"| {what} | {' | '.join(str(counts[name]) for name in COLUMNS)} |", flush=True)
-    print(f"| **all** | {' | '.join(f'**{total[name]}**' for name in COLUMNS)} |")
+            print(table_row([what, *(counts[name] for name in COLUMNS)]), flush=True)
+    print(table_row(['**all**', *(f'**{total[name]}**' for name in COLUMNS)]))
     sys.exit(bool(total['undetected'] + total['failed']))
 
 

@@ -16,16 +16,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import ac_agent  # noqa: E402
-import dmc  # noqa: E402
-import train_ac  # noqa: E402
-import utils  # noqa: E402
-from ac_agent import ACAgent, Demonstrations, Imitation, Translation  # noqa: E402
-from train import Workspace  # noqa: E402
+import ac_agent
+import dmc
+import train_ac
+import utils
+from ac_agent import ACAgent, Demonstrations, Imitation, Translation
+from train import Workspace
 
 
 class TaskReward(dmc.Wrapper):
-    """Keeps the task's reward of the last step, which `Imitation` hides."""
+    """Keep the task's reward of the last step, which `Imitation` hides."""
 
     def step(self, action):
         time_step = self._env.step(action)
@@ -98,7 +98,7 @@ class PoseDemonstrations(Demonstrations):
 
 
 class PoseBesideFrame(dmc.Wrapper):
-    """Tells the demonstrations the pose of each frame as it is rendered."""
+    """Tell the demonstrations the pose of each frame as it is rendered."""
 
     def __init__(self, env, demos: PoseDemonstrations):
         super().__init__(env)

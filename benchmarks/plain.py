@@ -49,7 +49,7 @@ class Encoder(nn.Module):
 
 class PlainAgent:
     """DrQ-v2's update as published, from the weights of `agent`: an optimiser for each network,
-    losses through everything that they touch."""
+    losses backpropagated through all networks."""
 
     def __init__(self, agent: DrQV2Agent, shift=random_shift, lr: float = 1e-4):
         self.shift, self.stddev = shift, 1.0
@@ -67,7 +67,7 @@ class PlainAgent:
         return self.actor(features, self.stddev).sample().numpy()[0]
 
     def update(self, obs, action, reward, discount, next_obs) -> tuple[float, float]:
-        """-> the losses of critic and actor."""
+        """Return the losses of critic and actor."""
         if obs.dim() == 4:
             obs, next_obs = self.shift(obs), self.shift(next_obs)
         features = self.encoder(obs)

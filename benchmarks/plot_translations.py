@@ -14,15 +14,15 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402
-import video  # noqa: E402
-from ac_agent import Demonstrations  # noqa: E402
-from ct_model import ContextTranslator  # noqa: E402
+import utils
+import video
+from ac_agent import Demonstrations
+from ct_model import ContextTranslator
 
 
 def translations(snapshot: Path, clips: video.Clips, num_episodes: int, steps: list[int]
                  ) -> list[np.ndarray]:
-    """-> for each episode uint8 (3, len(steps), H, W, 3): source, translation, truth."""
+    """Return for each episode uint8 (3, len(steps), H, W, 3): source, translation, truth."""
     made = utils.load_snapshot(snapshot, 'translator', clips.meta['task'])
     model = utils.rebuild(ContextTranslator, made['model_args'], made['model'])
     demos = Demonstrations(model.only_answer(torch.device('cpu'), torch.bfloat16), clips)

@@ -16,14 +16,15 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
+from evaluate import table
 from matplotlib.ticker import EngFormatter
 from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402
-from ac_agent import SUCCESS, episode_scores  # noqa: E402
+import utils
+from ac_agent import SUCCESS, episode_scores
 
 UNSAID = ('task', 'seed', 'use_tb', 'save_video', 'device')  # options that make no other row
 PAGE = """# Imitators
@@ -43,6 +44,11 @@ Bands are 95% bootstrap intervals of the mean over seeds; of three seeds that is
 
 {sections}
 """
+
+
+def scores_of(rows: np.ndarray) -> np.ndarray:
+    """Return the scores of rows with the named returns; of one row of means, the mean score."""
+    return episode_scores(*(rows[f'{who}_return'] for who in ('task', 'expert', 'random')))
 
 
 class Run(NamedTuple):
@@ -78,14 +84,12 @@ class Run(NamedTuple):
     @property
     def scores(self) -> np.ndarray:
         """Of each episode of the last evaluation."""
-        return episode_scores(*(self.episodes[f'{who}_return']
-                                for who in ('task', 'expert', 'random')))
+        return scores_of(self.episodes)
 
     @property
     def progress(self) -> np.ndarray:
         """The mean score of each evaluation."""
-        low = self.curve['random_return']
-        return (self.curve['task_return'] - low) / (self.curve['expert_return'] - low)
+        return np.array([scores_of(means) for means in self.curve])
 
     @property
     def steps(self) -> np.ndarray:
@@ -103,7 +107,10 @@ class Task(NamedTuple):
 
 
 def read(folder: Path) -> Run:
-    """Raises: UserError for what is no finished run of train_ac.py."""
+    """Return the run in this folder.
+
+    Raises: UserError for what is no finished run of train_ac.py, or has no score.
+    """
     config, overrides, *results, snapshot = paths = [folder / name for name in (
         '.hydra/config.yaml', '.hydra/overrides.yaml', 'eval.csv', 'episodes.csv', 'snapshot.pt')]
     for path in paths:
@@ -129,10 +136,8 @@ def read(folder: Path) -> Run:
 
 
 def sort(runs: list[Run]) -> list[Task]:
-    """Share runs out to tasks and rows, in the order in which they come.
-
-    Raises: UserError where two runs differ in nothing at all: each seed counts once.
-    """
+    """Group runs by task, then by settings. Raises UserError for two runs with the same settings
+    and seed."""
     tasks = {}
     for run in runs:
         tasks.setdefault(run.cfg.task_name, []).append(run)
@@ -200,7 +205,7 @@ def interval(each: list[np.ndarray]) -> tuple[float, float]:
 
 
 def over_seeds(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, tuple | None]:
-    """-> agent steps (n,) of the evaluations that all runs have, scores (S, n), and the 95%
+    """Return agent steps (n,) of the evaluations that all runs have, scores (S, n), and the 95%
     interval of their mean over seeds, two arrays (n,); None for one seed."""
     steps = sorted(set.intersection(*(set(run.steps.tolist()) for run in runs)))
     scores = np.stack([run.progress[np.isin(run.steps, steps)] for run in runs])
@@ -212,11 +217,6 @@ def over_seeds(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, tuple | None]:
 
 
 # ------------------------------------------------------------------------------------------ tables
-
-def table(names: list[str], rows: list[list[str]]) -> str:
-    lines = [names, ['---'] * len(names), *rows]
-    return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
-
 
 def two_digits(values: np.ndarray) -> str:
     return ', '.join(f'{round(value, 2) + 0:.2f}' for value in values)  # + 0: there is no -0.00
@@ -259,7 +259,7 @@ def evaluations(task: Task) -> str:
 
 
 def translators(tasks: list[Task]) -> str:
-    """The translators' own scores, of those that are still where the runs found them."""
+    """Return the translators' own scores, blank where the file has moved or changed."""
     users = {}
     for run in all_runs(tasks):
         users.setdefault(run.made_by['translator_sha256'], []).append(run)

@@ -150,5 +150,5 @@ def test_a_long_episode_is_filmed_in_steps():
     player = evaluate.Player(FakeEnv(length=10), lambda obs: [0, 0])
     [result] = player.results(1)
     assert result['steps'] == 10 and result['return'] < 0
-    film = evaluate.film(player, evaluate.SEED, 0, result, every=4)
+    film = evaluate.film_episode(player, evaluate.SEED, 0, result, every=4)
     assert film[:, -1, 0, 0].tolist() == [0, 4, 8, *[8] * 10]
