@@ -455,7 +455,9 @@ def main(cfg):
     # A translator cannot be trained without poses, nor judged without play: there is one already.
     script = 'train_ac' if cfg.from_mp4 or cfg.num_play and not cfg.num_play_valid else 'train_ct'
     command = f'python {script}.py task={cfg.task_name} data_dir={cfg.out_dir}'
-    if not cfg.num_play:
+    if cfg.from_mp4 and not cfg.num_play:
+        command = 'the same command with num_play=1000: your own videos are imitated with play'
+    elif not cfg.num_play:
         command += ' recipe=liu2017'
     print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\nnext: {command}')
 

@@ -3,6 +3,11 @@
 `Workspace` is the project's only RL loop: act, step, store, update, log, evaluate, snapshot and
 resume. The imitator (train_ac.py) runs in it as well.
 """
+import signal
+
+if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 

@@ -3,8 +3,12 @@
 The loop is train.py's `Workspace`; here stands what it is given, all of it from ac_agent.py:
 demonstrations with the translator at work on them, the imitation environment and the `ACAgent`.
 """
-import ctypes
 import signal
+
+if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+import ctypes
 import subprocess
 import sys
 from pathlib import Path

@@ -6,6 +6,12 @@ as they are and are worked out once. The folder of the run gets snapshot.pt, to 
 best.pt, which is the one to use: the translator with the lowest loss on held-out episodes in
 held-out contexts, with its code.
 """
+import signal
+
+if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,14 +46,18 @@ class PairSampler:
                  augment_mirror: bool, augment_colours: bool, seed: int):
         """Raises: UserError where the dataset cannot give such pairs."""
         num_contexts, num_frames = clips.meta['num_contexts'], clips.meta['episode_len'] + 1
-        command = f"python generate_expert_video.py task={clips.meta['task']}"
+        film = f"python generate_expert_video.py task={clips.meta['task']} "
+        more_contexts, more = film + 'num_contexts=4', film + f"num_{clips.meta['split']}=100"
+        if clips.imported:
+            more_contexts = film + 'from_mp4=<folder of several contexts>'
+            more = f'remove it and {film}from_mp4=<folder of more videos>'
         if pairs == 'same_episode' and num_contexts < 2:
             raise UserError(f'{clips.root} shows each episode in one context, and '
-                            f'pairs=same_episode takes two: remove it and {command} '
-                            'num_contexts=4, or set pairs=random.')
+                            'pairs=same_episode takes two: set pairs=random, or remove it and '
+                            f'{more_contexts}.')
         if pairs == 'random' and len(clips) < 2:
             raise UserError(f'{clips.root} holds one episode, and pairs=random takes two: '
-                            f"{command} num_{clips.meta['split']}=100.")
+                            f'{more}.')
         if frames_per_clip > num_frames:
             raise UserError(f'{clips.root} holds clips of {num_frames} frames: set '
                             f'frames_per_clip={num_frames} or less.')
@@ -421,10 +431,11 @@ def open_splits(cfg) -> dict[str, video.Clips]:
                             'out_dir=<another folder>.')
         here, train = ({key: clips[split].meta.get(key) for key in (
             'num_contexts', 'episode_len', 'action_repeat')} for split in (name, 'train'))
+        made_of = 'from_mp4' if clips['train'].imported else 'expert'
         utils.require_same(clips[name].root, here, train,
                            'remove it and python generate_expert_video.py '
-                           f'task={cfg.task_name} out_dir={root}, with the options and the expert '
-                           'of its neighbour train')
+                           f'task={cfg.task_name} out_dir={root}, with the options and the '
+                           f'{made_of} of its neighbour train')
     if cfg.model.code_dim and clips['train'].meta['num_contexts'] < 2:
         raise UserError(f'{root} shows each episode in one context, and a pose code takes two: '
                         f'python generate_expert_video.py task={cfg.task_name} num_contexts=4 '
@@ -557,7 +568,8 @@ class Run:
             self.logger.log_metrics({'total_time': self.timer.total()}, self.step)
             self.logger.dump(self.step)
         if at_end or evaluate_every and self.step % evaluate_every == 0:
-            with self.stop.at_once():
+            # where a stop is asked for, it comes after the evaluation and the snapshot
+            with contextlib.nullcontext() if self.stop.asked else self.stop.at_once():
                 scores = evaluate()
             self.logger.log_metrics({**scores, **self.evaluator.baselines}, self.step, 'eval')
             self.logger.dump(self.step, 'eval')
@@ -579,8 +591,9 @@ class Run:
 
 
 def train(cfg, work_dir: Path):
-    """Train the translator, then the code; on Ctrl-C and SIGTERM end after the step, with a
-    snapshot, but while it encodes or evaluates at once and without one.
+    """Train the translator, then the code; on Ctrl-C and SIGTERM end after the step, and the
+    evaluation where one is due, with a snapshot, but if it encodes or evaluates already at once and
+    without one.
 
     Raises: utils.Interrupted in these cases; UserError, see `Run`.
     """

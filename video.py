@@ -71,9 +71,9 @@ def moments(path: str | Path, fps: float, num_frames: int) -> tuple[float, np.nd
                         'H.264.') from error
     if numbers[-1] >= length:
         whole = max(int((length - 0.5) / rate * fps), 0)
+        shorter = f'set episode_len={whole} or less, or ' if whole > 1 else ''  # 2 are the least
         raise UserError(f'{path} lasts {length / rate:.2f} s, which is {whole} agent steps of '
-                        f'{1 / fps:.3g} s, not {num_frames - 1}: set episode_len={whole} or less, '
-                        'or remove it.')
+                        f'{1 / fps:.3g} s, not {num_frames - 1}: {shorter}remove it.')
     return rate, numbers
 
 

@@ -267,6 +267,8 @@ def test_a_video_is_read_at_the_agents_rate_and_squared(tmp_path, rate, numbers)
 def test_a_video_that_ends_before_is_refused_with_what_it_has(tmp_path):
     path = save_counting(tmp_path / 'a.mp4', 30, 30)
     assert len(video.load(path, 25, 25, 16)[0]) == 25
+    with pytest.raises(utils.UserError, match='which is 1 agent steps of .* not 25: remove it.'):
+        video.moments(tmp_path / 'a.mp4', 1.5, 26)
     with pytest.raises(utils.UserError, match='a.mp4 lasts 1.00 s.*set episode_len=24 or less'):
         video.load(path, 25, 26, 16)
 
