@@ -322,7 +322,7 @@ def describe_mp4s(episodes: list[list[Path]], fps: float, episode_len: int) -> d
     """
     digest = hashlib.sha256()
     for path in (path for files in episodes for path in files):
-        video.moments(path, fps, episode_len + 1)
+        video.nearest_frames(path, fps, episode_len + 1)
         digest.update(utils.sha256(path).encode())
     return {'actor': None, 'num_contexts': len(episodes[0]), 'mp4_sha256': digest.hexdigest()}
 

@@ -175,7 +175,7 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
     for split, limit in limits.items():
         splits[split] = clips = video.Clips(root / split, cfg.task_name, im_size,
                                             dmc.CONTEXT_QUALITY, max_episodes=limit)
-        if split != 'play' and clips.meta['num_contexts'] < 2 - clips.imported:
+        if split != 'play' and clips.meta['num_contexts'] < clips.min_contexts:
             raise UserError(f'{clips.root} shows each episode in one context only; one more is '
                             'needed for the agent: python generate_expert_video.py '
                             f'task={cfg.task_name} num_contexts=4 out_dir=<another folder>.')

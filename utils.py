@@ -574,11 +574,7 @@ PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 def set_precision(name: str):
     """Set how this process multiplies fp32 matrices: 'fp32' exactly; 'bf16' with factors rounded to
     bf16 (to TF32 on CUDA) and sums in fp32.
-
-    Raises: UserError for another name.
     """
-    if name not in PRECISIONS:
-        raise UserError(f'precision={name} is neither bf16 nor fp32: set precision=fp32.')
     fast = name == 'bf16'
     torch.backends.mkldnn.matmul.fp32_precision = 'bf16' if fast else 'ieee'
     torch.backends.cuda.matmul.fp32_precision = 'tf32' if fast else 'ieee'
@@ -649,12 +645,12 @@ UNITS = {'GiB': 2 ** 30, 'MiB': 2 ** 20, 'KiB': 2 ** 10}
 FULL = errno.ENOSPC, errno.EDQUOT
 
 
-def check_disk(folder: str | Path, num_bytes: int, what: str, remedy: str):
+def check_disk(folder: str | Path, size: int, what: str, remedy: str):
     """Raises: UserError when the disk on which `folder` is, or will be, lacks the bytes."""
     free = shutil.disk_usage(_existing(folder)).free
-    if num_bytes > free:
-        raise UserError(f'{what} in {folder} needs {_size(num_bytes)} and {_size(free)} are free: '
-                        f'{remedy}.')
+    if size > free:
+        raise UserError(f'{what} in {folder} needs {_in_units(size)} and {_in_units(free)} are '
+                        f'free: {remedy}.')
 
 
 def check_folder(folder: str | Path, option: str):
@@ -684,16 +680,16 @@ def reserve(path: Path):
                 raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def snapshot_space(path: Path, num_bytes: int) -> int:
-    """Return how many bytes have to be free for snapshots of such a size: the next is written while
-    the last two are still there."""
+def snapshot_space(path: Path, size: int) -> int:
+    """Return how many bytes have to be free for snapshots of `size` bytes: the next is written
+    while the last two are still there."""
     there = sum(p.stat().st_size for p in (path, previous(path)) if p.exists())
-    return max(3 * num_bytes - there, 0)
+    return max(3 * size - there, 0)
 
 
-def _size(num_bytes: int) -> str:
-    unit = next((unit for unit in ('GiB', 'MiB') if num_bytes >= UNITS[unit]), 'KiB')
-    return f'{num_bytes / UNITS[unit]:.1f} {unit}'
+def _in_units(size: int) -> str:
+    unit = next((unit for unit in ('GiB', 'MiB') if size >= UNITS[unit]), 'KiB')
+    return f'{size / UNITS[unit]:.1f} {unit}'
 
 
 def _disk_full(path: str | Path | None) -> str:
