@@ -97,7 +97,7 @@ class Scenery:
         return low + uniform * (high - low)
 
     def colour(self, factor: str, hue: float, saturation: float, value: float) -> np.ndarray:
-        """-> RGB (3,) in [0, 1]; saturation and value in [0, 1) are scaled to their ranges."""
+        """Return RGB (3,) in [0, 1]; saturation and value in [0, 1) are scaled to their ranges."""
         return np.array(colorsys.hsv_to_rgb(hue, self.lay(factor, 'saturation', saturation),
                                             self.lay(factor, 'value', value)))
 

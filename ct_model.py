@@ -149,8 +149,8 @@ class Dynamics(nn.Module):
             nn.init.normal_(member[-1].weight, std=1e-2 / hidden ** 0.5)
 
     def forward(self, history: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """history (K, B, HISTORY, D), oldest first, of each member; action (K, B, A)
-        -> the next codes (K, B, D)."""
+        """Return the next codes (K, B, D) after the history (K, B, HISTORY, D), oldest first, of
+        each member, and the action (K, B, A)."""
         moved = history.diff(dim=2)
         x = torch.cat([history[:, :, -1], moved.flatten(2), action], dim=2)
         change = torch.stack([member(part) for member, part in zip(self.members, x, strict=True)])
@@ -198,7 +198,8 @@ class PoseCode(nn.Module):
 
     def __init__(self, z_dim: int, code_dim: int, action_dim: int, num_targets: int = 32,
                  hidden: int = 256):
-        """
+        """Make the code's head, and the networks that are trained with it.
+
         Args:
           num_targets: how many discriminants are predicted.
           hidden: of each MLP.
@@ -296,7 +297,8 @@ class ContextTranslator(nn.Module):
     def __init__(self, im_size: int = 64, channels: tuple[int, ...] = (32, 64, 128, 256),
                  z_dim: int = 128, hidden: int = 512, kernel: int = 4,
                  code_dim: int | None = None, action_dim: int | None = None):
-        """
+        """Make the networks.
+
         Args:
           im_size: pixels along an edge, a multiple of 16.
           channels: of the four levels; the paper has 64, 128, 256, 512.

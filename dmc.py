@@ -105,7 +105,8 @@ def task_names() -> list[str]:
 
 
 def split_name(task_name: str) -> tuple[str, str]:
-    """'reacher_hard' -> ('reacher', 'hard'); 'cup_catch' is DrQ-v2's name of ball_in_cup_catch."""
+    """Return ('reacher', 'hard') for 'reacher_hard'; 'cup_catch' is DrQ-v2's name of
+    ball_in_cup_catch."""
     for name in task_name, task_name.replace('cup_', 'ball_in_cup_', 1):
         for domain, task in ALL_TASKS:
             if name == f'{domain}_{task}':
@@ -150,7 +151,7 @@ class Camera:
         self._uploaded = None  # the context whose textures OpenGL holds
 
     def render(self, context: np.ndarray | None = None) -> np.ndarray:
-        """-> uint8 (im_size, im_size, 3), of the physics as it is now, in `context`."""
+        """Return the physics as it is now, in `context`: uint8 (im_size, im_size, 3)."""
         Camera._gl.make_current()
         if not np.array_equal(context, self._uploaded):
             self._painter.upload(context, self._gpu)
@@ -253,7 +254,7 @@ class SuiteEpisodes(Wrapper):
         return kinds
 
     def render(self, im_size: int) -> np.ndarray:
-        """-> uint8 (im_size, im_size, 3), in the episode's context."""
+        """Return a frame in the episode's context, uint8 (im_size, im_size, 3)."""
         plain = self._context is None  # then the picture is what an expert was trained on
         if (im_size, plain) not in self._cameras:
             self._cameras[im_size, plain] = Camera(

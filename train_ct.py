@@ -31,7 +31,7 @@ from utils import UserError
 
 
 def check_settings(cfg):
-    """Raises: UserError for settings with which there is no run."""
+    """Refuse settings with which there is no run (UserError)."""
     utils.check_settings(cfg, 'train_ct')
     for name, weights, others in (('weights', cfg.weights, 'foreground'),
                                   ('code.weights', cfg.code.weights, 'noise')):
@@ -44,7 +44,7 @@ class PairSampler:
 
     def __init__(self, clips: video.Clips, pairs: str, frames_per_clip: int,
                  augment_mirror: bool, augment_colours: bool, seed: int):
-        """Raises: UserError where the dataset cannot give such pairs."""
+        """Refuse a dataset that cannot give such pairs (UserError)."""
         num_contexts, num_frames = clips.meta['num_contexts'], clips.meta['episode_len'] + 1
         film = f"python generate_expert_video.py task={clips.meta['task']} "
         more_contexts, more = film + 'num_contexts=4', film + f"num_{clips.meta['split']}=100"
@@ -67,7 +67,7 @@ class PairSampler:
         self._frames_per_clip, self.rng = frames_per_clip, np.random.default_rng(seed)
 
     def draw(self) -> tuple[int, int, int, int, np.ndarray]:
-        """-> source episode and context, target episode and context, frame numbers, sorted."""
+        """Return source episode and context, target episode and context, frame numbers, sorted."""
         rng = self.rng
         if self._pairs == 'same_episode':
             episode = int(rng.integers(len(self._clips)))
@@ -93,7 +93,8 @@ class PairSampler:
         return self._probs[i]
 
     def sample(self, batch_size: int) -> list[torch.Tensor]:
-        """-> source and target, uint8 (N, T, H, W, 3), the targets' first frames (N, H, W, 3)."""
+        """Return source and target, uint8 (N, T, H, W, 3), the targets' first frames
+        (N, H, W, 3)."""
         batch = [], [], []
         for _ in range(batch_size):
             i, source_context, j, target_context, frames = self.draw()
@@ -136,11 +137,11 @@ class FeatureWindows:
         self._actions = torch.tensor(actions, device=device)          # (N, T, A)
 
     def all(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> z1 (N, C, T+1, Z) and z2 (N, C, Z) of all episodes."""
+        """Return z1 (N, C, T+1, Z) and z2 (N, C, Z) of all episodes."""
         return tuple(torch.cat(parts) for parts in zip(*self._features.values(), strict=True))
 
     def sample(self, batch_size: int) -> list[torch.Tensor]:
-        """-> what `PoseCode.losses` takes: half of the windows from demonstrations, half from
+        """Return what `PoseCode.losses` takes: half of the windows from demonstrations, half from
         play."""
         parts, actions = [], None
         for name, (z, z2) in self._features.items():
@@ -195,7 +196,7 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, model: ContextTranslator, foreground: float, autocast
                  ) -> tuple[dict[str, float], torch.Tensor]:
-        """-> metrics, and the predicted clips, uint8 (N, T, H, W, 3).
+        """Return metrics, and the predicted clips, uint8 (N, T, H, W, 3).
 
         Feature errors are in units of the features' variance over the targets: 1 means that the
         translator predicts nothing. `shuffled` hands it the source of another clip.
@@ -239,7 +240,8 @@ class PoseProbe:
 
     def __init__(self, splits: dict[str, video.Clips], num_episodes: int = 50,
                  device: torch.device | str = 'cpu'):
-        """
+        """Take the poses to fit to and to measure on.
+
         Args:
           splits: 'train' and 'valid', with or without 'play' and 'play_valid'.
           num_episodes: to measure on, of each split; the probe is fitted on twice as many.
@@ -258,16 +260,16 @@ class PoseProbe:
         self._lengths = [k for k, joint in enumerate(self._joints) if joint in ('slide', 'other')]
 
     def _vectors(self, qpos: np.ndarray, times: np.ndarray | int) -> np.ndarray:
-        """qpos (..., nq) -> (..., n): sine and cosine of `times` the angles; lengths in standard
-        deviations."""
+        """Return qpos (..., nq) as vectors (..., n): sine and cosine of `times` the angles; lengths
+        in standard deviations."""
         angles = qpos[..., self._angles] * times
         lengths = (qpos / self._scale)[..., self._lengths]
         return np.concatenate([np.sin(angles), np.cos(angles), lengths], axis=-1)
 
     def _errors(self, vectors: np.ndarray, qpos: np.ndarray, times: np.ndarray | int
                 ) -> np.ndarray:
-        """Read-out vectors (..., n) against qpos (..., nq) -> the error of each joint: rad, or
-        standard deviations of a length."""
+        """Return the error of each joint, of vectors read out (..., n) against qpos (..., nq): rad,
+        or standard deviations of a length."""
         num = len(self._angles)
         angles = np.arctan2(vectors[..., :num], vectors[..., num:2 * num])
         off = angles - qpos[..., self._angles] * times
@@ -277,7 +279,7 @@ class PoseProbe:
 
     @torch.no_grad()
     def _encode(self, encode, name: str) -> torch.Tensor:
-        """-> (N, C, T+1, D); of the splits that the probe is fitted on, two contexts."""
+        """Return codes (N, C, T+1, D); of the splits that the probe is fitted on, two contexts."""
         contexts = slice(None) if name.endswith('valid') else slice(2)
         return torch.stack([
             encode(torch.from_numpy(np.array(self._splits[name].frames(i)[contexts])).to(
@@ -326,8 +328,8 @@ class PoseProbe:
         return scores
 
     def _fit(self, names: list[str], codes: dict, poses: dict, seed: int):
-        """-> a function that reads pose vectors (N, n) out of features (N, D), and for each angle
-        1, or 2 where twice the angle is read."""
+        """Return a function that reads pose vectors (N, n) out of features (N, D), and for each
+        angle 1, or 2 where twice the angle is read."""
         z = torch.cat([codes[name].flatten(0, 2) for name in names])
         qpos = np.concatenate([poses[name].reshape(-1, len(self._joints)) for name in names])
         truth = np.concatenate([self._vectors(qpos, times) for times in (1, 2)], axis=1)
@@ -557,8 +559,7 @@ class Run:
                           lambda: self.scores | measure_code(model, self.splits, self.autocast))
 
     def end_step(self, metrics: dict, end: int, evaluate: Callable, evaluate_every: int = 0):
-        """Log a step of the phase that ends at step `end`; there and where it is due, evaluate and
-        save."""
+        """Count and log a step; evaluate and save when due, and at step `end`."""
         self.step += 1
         self.logger.log_metrics(metrics, self.step)
         at_end = self.step == end

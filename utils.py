@@ -149,7 +149,8 @@ def register_tasks(task_names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """'lrr', ['lr', ...] -> 'the nearest are lr, code.lr; --help lists them all.', by spelling."""
+    """Return 'the nearest are lr, code.lr; --help lists them all.', those spelt most like `name`,
+    or, where none is like it, the last part alone."""
     # An option may be meant without the section it is in.
     near = {full: max(difflib.SequenceMatcher(None, name, part).ratio()
                       for part in (full, full.rpartition('.')[2]))
@@ -208,7 +209,7 @@ def compose_runs(config_name: str, args, groups: dict[str, list[str]]) -> list:
 
 
 def parse_override(argument: str):
-    """Return Hydra's reading of key=value. Raises: UserError where it has none."""
+    """Return Hydra's reading of key=value; refuse what it cannot read (UserError)."""
     with contextlib.suppress(HydraException):
         override = OverridesParser.create().parse_override(argument)
         if override.key_or_group:
@@ -224,7 +225,7 @@ def _compose(config_name: str, *overrides: str):
 
 
 def _set(cfg, override):
-    """Apply an override as Hydra will. Raises: UserError where that is no option's new value."""
+    """Apply an override as Hydra will; refuse one that is no option's new value (UserError)."""
     key, known = override.key_or_group, flat(OmegaConf.to_container(cfg))
     if not any(f'{name}.'.startswith(f'{key}.') for name in known):
         raise UserError(f'there is no option {key}; {nearest(key, known)}')
@@ -255,7 +256,8 @@ def check_settings(cfg, script: str):
 
 
 def rule_of(key: str, script: str) -> str:
-    """Return what cfgs/allowed.yaml says of a setting. Raises: UserError where it says nothing."""
+    """Return what cfgs/allowed.yaml says of a setting; refuse one that it does not have
+    (UserError)."""
     parts = [script, *key.split('.')]
     rules = _rules()
     for i in range(len(parts)):
@@ -305,7 +307,7 @@ def allows(words: str, value: Any) -> bool:
 
 
 def _within(limits: list[str], value: float) -> bool:
-    """['from', '0', 'to', '1'], 0.5 -> True."""
+    """Tell whether a value is finite and within limits such as ['from', '0', 'to', '1']."""
     ends = dict(zip(limits[::2], map(float, limits[1::2]), strict=True))
     return (math.isfinite(value) and value > ends.get('above', -math.inf)
             and ends.get('from', -math.inf) <= value <= ends.get('to', math.inf))
@@ -381,7 +383,8 @@ def command() -> str:
 
 
 def require_same(source: str | Path, before: dict, now: dict, remedy: str):
-    """Raises: UserError naming the values `source` was made with that differ from those of `now`.
+    """Refuse `source` where it was made with other values than those of `now`, and name them
+    (UserError).
 
     Dicts within are compared value by value, as in `scenery.camera.zoom`.
     """
@@ -393,7 +396,7 @@ def require_same(source: str | Path, before: dict, now: dict, remedy: str):
 
 
 def require_same_run(work_dir: Path, last: dict, now: dict):
-    """Raises: UserError where the run's last snapshot was made with other arguments or inputs."""
+    """Refuse to go on from a snapshot made with other arguments or inputs (UserError)."""
     before = last.get('agent_args', {}) | last.get('model_args', {}) | last['made_by']
     again = (f"python {last['command']} hydra.run.dir={shlex.quote(str(work_dir))} and the same "
              'inputs' if last.get('command') else 'the same options and inputs')
@@ -401,7 +404,7 @@ def require_same_run(work_dir: Path, last: dict, now: dict):
 
 
 def flat(values: dict, prefix: str = '') -> dict:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    """Return {'a.b': 1} for {'a': {'b': 1}}."""
     parts = [flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
              for key, value in values.items()]
     return {key: value for part in parts for key, value in part.items()}
@@ -453,7 +456,8 @@ def raise_interrupts():
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             before[number] = signal.signal(number, _raise_interrupt)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those of the script's imports
+        # deliver signals that were blocked while importing
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         yield
     finally:
         for number, handler in before.items():
@@ -646,7 +650,8 @@ FULL = errno.ENOSPC, errno.EDQUOT
 
 
 def check_disk(folder: str | Path, size: int, what: str, remedy: str):
-    """Raises: UserError when the disk on which `folder` is, or will be, lacks the bytes."""
+    """Refuse to go on (UserError) where the disk of `folder`, which may not exist yet, lacks `size`
+    bytes."""
     free = shutil.disk_usage(_existing(folder)).free
     if size > free:
         raise UserError(f'{what} in {folder} needs {_in_units(size)} and {_in_units(free)} are '
@@ -700,7 +705,7 @@ def _disk_full(path: str | Path | None) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-    """Yields a temporary path beside `path`, which takes its place only when the block succeeds.
+    """Yield a temporary path beside `path`, which takes its place only when the block succeeds.
 
     Raises: UserError where the disk is full.
     """
@@ -772,7 +777,7 @@ def versions() -> dict[str, str]:
 
 def require_same_pictures(source: str | Path, there: dict, quality: list | None, here: list,
                           remedy: str):
-    """Raises: UserError where `source` comes from pictures that are drawn otherwise than here.
+    """Refuse `source` where it comes from pictures that are drawn otherwise than here (UserError).
 
     Args:
       there: `versions()` as they were there.
@@ -826,7 +831,7 @@ def diverged(path: str | Path) -> UserError:
 
 
 def _tensors(values) -> Iterator[torch.Tensor]:
-    """Yields the tensors in nested dicts and lists."""
+    """Yield the tensors in nested dicts and lists."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, dict | list | tuple):
@@ -835,8 +840,8 @@ def _tensors(values) -> Iterator[torch.Tensor]:
 
 
 def num_bytes(values) -> int:
-    """Return how many bytes the tensors in nested dicts and lists take: each once, and views as if
-    copied."""
+    """Return how many bytes the tensors in nested dicts and lists take. Count each tensor once,
+    views at full size."""
     return sum({id(tensor): tensor.numel() * tensor.element_size()
                 for tensor in _tensors(values)}.values())
 

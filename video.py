@@ -128,7 +128,7 @@ def mse(image: np.ndarray, other: np.ndarray) -> float:
 
 
 def psnr(error: float) -> float:
-    """A mean squared error of pixels in [0, 1] -> dB, at most 100; nan stays nan."""
+    """Return a mean squared error of pixels in [0, 1] in dB, at most 100; nan stays nan."""
     return float(-10 * np.log10(max(error, 1e-10)))
 
 
@@ -279,7 +279,7 @@ class Clips:
         return len(self._paths)
 
     def frames(self, i: int) -> np.ndarray:
-        """-> uint8 (num_contexts, episode_len + 1, H, W, 3), a read-only memory map.
+        """Return uint8 (num_contexts, episode_len + 1, H, W, 3), a read-only memory map.
 
         Raises: UserError where they are damaged: their checksum is compared at the first reading.
         """
