@@ -784,7 +784,7 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
                         'translator to that one.')
     clips = video.Clips(videos, task_name, model.im_size, dmc.CONTEXT_QUALITY)
     meta = clips.meta
-    if meta['action_repeat'] != repeat or meta['num_contexts'] < 2 - clips.imported:
+    if meta['action_repeat'] != repeat or meta['num_contexts'] < clips.min_contexts:
         raise UserError(f"{videos} was filmed with action_repeat={meta['action_repeat']} in "
                         f"{meta['num_contexts']} contexts, and {path} takes action_repeat={repeat} "
                         'and two or more: choose another imitator, or film anew.')

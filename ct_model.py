@@ -19,8 +19,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import UserError
-
 NUM_LEVELS = 4  # each halves the image
 MOVED = 12  # of 255: a pixel that differs by more from its clip's first frame is foreground
 
@@ -151,8 +149,8 @@ class Dynamics(nn.Module):
             nn.init.normal_(member[-1].weight, std=1e-2 / hidden ** 0.5)
 
     def forward(self, history: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """history (K, B, HISTORY, D), oldest first, of each member; action (K, B, A)
-        -> the next codes (K, B, D)."""
+        """Return the next codes (K, B, D) after the history (K, B, HISTORY, D), oldest first, of
+        each member, and the action (K, B, A)."""
         moved = history.diff(dim=2)
         x = torch.cat([history[:, :, -1], moved.flatten(2), action], dim=2)
         change = torch.stack([member(part) for member, part in zip(self.members, x, strict=True)])
@@ -200,7 +198,8 @@ class PoseCode(nn.Module):
 
     def __init__(self, z_dim: int, code_dim: int, action_dim: int, num_targets: int = 32,
                  hidden: int = 256):
-        """
+        """Make the code's head, and the networks that are trained with it.
+
         Args:
           num_targets: how many discriminants are predicted.
           hidden: of each MLP.
@@ -298,23 +297,16 @@ class ContextTranslator(nn.Module):
     def __init__(self, im_size: int = 64, channels: tuple[int, ...] = (32, 64, 128, 256),
                  z_dim: int = 128, hidden: int = 512, kernel: int = 4,
                  code_dim: int | None = None, action_dim: int | None = None):
-        """
+        """Make the networks.
+
         Args:
           im_size: pixels along an edge, a multiple of 16.
           channels: of the four levels; the paper has 64, 128, 256, 512.
           z_dim, hidden: of the features, and of the layer before them and in T; the paper has 1024.
           kernel: of the convolutions; the paper has 5. 4 covers all pixels evenly at stride 2.
           code_dim: numbers in the pose code, which takes `action_dim`; None is the paper's model.
-
-        Raises: UserError for sizes that do not fit.
         """
         super().__init__()
-        if im_size < 16 or im_size % 2 ** NUM_LEVELS:
-            raise UserError(f'im_size={im_size} cannot be halved {NUM_LEVELS} times: film with a '
-                            f'multiple of {2 ** NUM_LEVELS}, such as im_size=64.')
-        if len(channels) != NUM_LEVELS:
-            raise UserError(f'channels={list(channels)} are not {NUM_LEVELS}, one for each level: '
-                            'set channels=[32,64,128,256].')
         self.im_size, self.z_dim = im_size, z_dim
         sizes = (im_size, list(channels), kernel, hidden, z_dim)
         self.enc1, self.enc2, self.dec = Encoder(*sizes), Encoder(*sizes), Decoder(*sizes)

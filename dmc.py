@@ -11,6 +11,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import traceback
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,14 +68,23 @@ def load_domains(folder: Path) -> dict[str, Mapping]:
 
     Returns: domain -> task -> function of `random`, a seed, that returns a control.Environment.
 
-    Raises: UserError for a file without SUITE, or of a domain that the suite has.
+    Files that begin with _ are left to the others to import.
+
+    Raises: UserError for a file that cannot be imported, without SUITE, or of a domain that the
+      suite has.
     """
     found = {}
-    for path in sorted(folder.glob('*.py')):
+    for path in sorted(folder.glob('[!_]*.py')):
         spec = importlib.util.spec_from_file_location(f'domains.{path.stem}', path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # as an import does: its classes can be pickled
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever the file raises
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                     if frame.filename == str(path)] or [getattr(error, 'lineno', None)]
+            raise UserError(f'{path}, line {lines[-1]}: {type(error).__name__}: {error}: correct '
+                            f'it, or move the file out of {folder}.') from error
         if not isinstance(getattr(module, 'SUITE', None), Mapping):
             raise UserError(f"{path} has no SUITE: add SUITE = {{'<task>': <function>}} to it, or "
                             f'move it out of {folder}.')
@@ -95,11 +105,12 @@ def task_names() -> list[str]:
 
 
 def split_name(task_name: str) -> tuple[str, str]:
-    """'reacher_hard' -> ('reacher', 'hard'); 'cup_catch' is DrQ-v2's name of ball_in_cup_catch."""
-    full = task_name.replace('cup_', 'ball_in_cup_') if task_name.startswith('cup_') else task_name
-    for domain, task in ALL_TASKS:
-        if full == f'{domain}_{task}':
-            return domain, task
+    """Return ('reacher', 'hard') for 'reacher_hard'; 'cup_catch' is DrQ-v2's name of
+    ball_in_cup_catch."""
+    for name in task_name, task_name.replace('cup_', 'ball_in_cup_', 1):
+        for domain, task in ALL_TASKS:
+            if name == f'{domain}_{task}':
+                return domain, task
     raise UserError(f"there is no task '{task_name}': see --help for those there are.")
 
 
@@ -140,7 +151,7 @@ class Camera:
         self._uploaded = None  # the context whose textures OpenGL holds
 
     def render(self, context: np.ndarray | None = None) -> np.ndarray:
-        """-> uint8 (im_size, im_size, 3), of the physics as it is now, in `context`."""
+        """Return the physics as it is now, in `context`: uint8 (im_size, im_size, 3)."""
         Camera._gl.make_current()
         if not np.array_equal(context, self._uploaded):
             self._painter.upload(context, self._gpu)
@@ -243,7 +254,7 @@ class SuiteEpisodes(Wrapper):
         return kinds
 
     def render(self, im_size: int) -> np.ndarray:
-        """-> uint8 (im_size, im_size, 3), in the episode's context."""
+        """Return a frame in the episode's context, uint8 (im_size, im_size, 3)."""
         plain = self._context is None  # then the picture is what an expert was trained on
         if (im_size, plain) not in self._cameras:
             self._cameras[im_size, plain] = Camera(
@@ -350,7 +361,5 @@ def make(task_name: str, obs: str = 'pixels', action_repeat: int = 2, frame_stac
       seed: of the stream of episodes that plain `reset()` draws from.
       scenery: for an environment that can be filmed in visual contexts.
     """
-    if obs not in ('pixels', 'states'):
-        raise UserError(f"obs={obs} is neither pixels nor states.")
     env = ActionRepeat(load_suite(task_name, scenery, seed), action_repeat)
     return Pixels(env, im_size, frame_stack) if obs == 'pixels' else States(env)

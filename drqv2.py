@@ -154,7 +154,8 @@ class DrQV2Agent:
                  update_every_steps: int = 2,
                  stddev_schedule: str = 'linear(1.0,0.1,500000)', stddev_clip: float = 0.3,
                  precision: str = 'fp32'):
-        """
+        """Make networks and optimisers.
+
         Args:
           obs_shape: (C, H, W) of uint8 pixels, or (n,) of float32 states.
           device: None is PyTorch's default, the CPU unless set otherwise.
@@ -165,10 +166,6 @@ class DrQV2Agent:
           precision: 'fp32', or 'bf16' for what is multiplied; sums and parameters stay in fp32.
         """
         self.device = torch.device(device or torch.get_default_device())
-        if update_every_steps < 1:
-            raise utils.UserError(f'agent.update_every_steps={update_every_steps} is below 1: set '
-                                  'agent.update_every_steps=1 or more.')
-        utils.schedule(stddev_schedule, 0)  # a wrong one is told here, not at the first step
         self.critic_target_tau, self.update_every_steps = critic_target_tau, update_every_steps
         self.num_expl_steps = num_expl_steps
         self.stddev_schedule, self.stddev_clip = stddev_schedule, stddev_clip
@@ -214,7 +211,7 @@ class DrQV2Agent:
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, step: int, eval_mode: bool) -> np.ndarray:
-        """One observation, unbatched -> float32 (action_dim,) in [-1, 1]."""
+        """Return the action, float32 (action_dim,) in [-1, 1], for one observation, unbatched."""
         features = self.encoder(torch.as_tensor(obs, device=self.device)[None])
         dist = self.policy(features, utils.schedule(self.stddev_schedule, step))
         if eval_mode:
@@ -226,7 +223,7 @@ class DrQV2Agent:
         return action.float().cpu().numpy()[0]
 
     def update(self, replay_buffer, batch_size: int, step: int) -> dict[str, torch.Tensor]:
-        """One update in every `update_every_steps` steps; -> metrics, empty in between."""
+        """Update once in every `update_every_steps` steps; return metrics, empty in between."""
         if step % self.update_every_steps:
             return {}
         obs, action, reward, discount, next_obs = self.draw(replay_buffer, batch_size)

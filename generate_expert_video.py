@@ -58,7 +58,7 @@ NUM_PREVIEWS = 3  # episodes of each split
 
 
 def check_settings(cfg):
-    """Raises: UserError for settings with which nothing can be filmed."""
+    """Refuse settings with which nothing can be filmed (UserError)."""
     utils.check_settings(cfg, 'generate_expert_video')
     contexts.Scenery(cfg.scenery)
     if cfg.action_repeat and not cfg.from_mp4:
@@ -68,7 +68,7 @@ def check_settings(cfg):
 
 @dataclass(frozen=True)
 class Order:
-    """A split as it is asked for."""
+    """A split to film: its folder, number of episodes, and those that exist."""
 
     name: str
     root: Path
@@ -85,7 +85,7 @@ class Order:
 
 
 def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
-    """-> an agent that acts on the CPU, and the `dmc.make` arguments of its environment.
+    """Return an agent that acts on the CPU, and the `dmc.make` arguments of its environment.
 
     Raises: UserError for a file that is missing or damaged, of another task or other pictures.
     """
@@ -101,7 +101,7 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
 
 
 def recording(cfg) -> tuple[DrQV2Agent | None, dict]:
-    """-> the expert, or None where demonstrations are one's own videos, and the `dmc.make`
+    """Return the expert, or None where demonstrations are one's own videos, and the `dmc.make`
     arguments of the environment that films."""
     if cfg.from_mp4:
         return None, {'obs': 'states', 'action_repeat': cfg.action_repeat or 2}
@@ -134,8 +134,8 @@ def find_mp4s(cfg) -> dict[str, list[list[Path]]]:
 
 def draw_episode(seed: int, split: str, i: int, num_contexts: int,
                  scenery: contexts.Scenery) -> tuple[int, np.ndarray]:
-    """-> episode i's seed, even where contexts are seen and odd where they are held out, and its
-    contexts (num_contexts, DIM)."""
+    """Return episode i's seed, even where contexts are seen and odd where they are held out, and
+    its contexts (num_contexts, DIM)."""
     number, kind = list(SPLITS).index(split), SPLITS[split].contexts
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, i)))
     episode_seed = 2 * int(rng.integers(2**31)) + (kind == 'held_out')
@@ -157,7 +157,7 @@ class RandomPlay:
         self._state = self._rng.normal(size=shape)
 
     def act(self, obs, step: int, eval_mode: bool) -> np.ndarray:
-        """-> float32 (action_dim,); takes the arguments of an agent's `act` and needs none."""
+        """Return float32 (action_dim,); takes the arguments of an agent's `act`, needs none."""
         noise = self._rng.normal(size=self._state.shape)
         self._state = self._decay * self._state + np.sqrt(1 - self._decay ** 2) * noise
         return np.clip(self._amplitude * self._state, -1, 1).astype(np.float32)
@@ -174,7 +174,7 @@ class NoisyPlay:
         self._stddev = self._rng.uniform(0.0, 0.6)
 
     def act(self, obs, step: int, eval_mode: bool) -> np.ndarray:
-        """-> float32 (action_dim,)."""
+        """Return float32 (action_dim,)."""
         action = self._agent.act(obs, step, eval_mode)
         return np.clip(action + self._stddev * self._rng.normal(size=action.shape), -1, 1).astype(
             np.float32)
@@ -212,8 +212,8 @@ def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: 
 
 
 def load_player(cfg, contexts: str) -> tuple:
-    """-> the environment of `cfg.player`, with the demonstrations filmed in 'seen' or 'held_out'
-    contexts, and this imitator. Raises: UserError where it cannot act."""
+    """Return the environment of `cfg.player`, with the demonstrations filmed in 'seen' or
+    'held_out' contexts, and this imitator; refuse one that cannot act (UserError)."""
     demos = next(name for name, split in SPLITS.items()
                  if split == Split(contexts, 'expert'))
     return load_imitator(cfg.player, cfg.translator, Path(cfg.out_dir) / demos, cfg.task_name)
@@ -242,8 +242,8 @@ class Studio:
 
     @functools.cache  # noqa: B019
     def player(self, contexts: str):
-        """-> the imitator's environment, with demonstrations in such contexts; the imitator; and
-        its snapshot's sha256."""
+        """Return the imitator's environment, with demonstrations in such contexts; the imitator;
+        and its snapshot's sha256."""
         return *load_player(self.cfg, contexts), utils.sha256(self.cfg.player)
 
     def make(self, split: str, i: int):
@@ -274,7 +274,7 @@ class Studio:
             'contexts': looks.tolist()})
 
     def take_over(self, root: Path, i: int, files: list[Path]):
-        """Make episode i of these videos."""
+        """Write these video files as episode i."""
         clips, rates = zip(*(video.load(path, self.fps, self.cfg.episode_len + 1, self.cfg.im_size)
                              for path in files), strict=True)
         frames = np.stack(clips)
@@ -316,19 +316,19 @@ def describe(cfg, split: str, env_args: dict, joints: list[str]) -> dict:
 
 
 def describe_mp4s(episodes: list[list[Path]], fps: float, episode_len: int) -> dict:
-    """Return what is otherwise in a split of one's own videos.
+    """Return the meta.json entries that differ for own videos.
 
     Raises: UserError where one of them cannot be read, or is too short.
     """
     digest = hashlib.sha256()
     for path in (path for files in episodes for path in files):
-        video.moments(path, fps, episode_len + 1)
+        video.nearest_frames(path, fps, episode_len + 1)
         digest.update(utils.sha256(path).encode())
     return {'actor': None, 'num_contexts': len(episodes[0]), 'mp4_sha256': digest.hexdigest()}
 
 
 def check_same_settings(root: Path, meta: dict):
-    """Raises: UserError where the folder's episodes were made otherwise than `meta` says."""
+    """Refuse a folder whose episodes were made otherwise than `meta` says (UserError)."""
     remedy = f'rm -r {root}, or set out_dir to another folder'
     if not (root / 'meta.json').exists():
         if video.episode_numbers(root):
@@ -375,7 +375,8 @@ def generate(cfg):
 
 
 def check_player(cfg, orders: list[Order]):
-    """Raises: UserError where demonstrations are missing, no play is, or the player cannot act."""
+    """Refuse a player (UserError) that cannot act, or that has no demonstrations or no play to
+    film."""
     for order in orders:
         kind = SPLITS[order.name]
         if kind.actor == 'expert' and not video.is_whole(order.root):
@@ -455,7 +456,9 @@ def main(cfg):
     # A translator cannot be trained without poses, nor judged without play: there is one already.
     script = 'train_ac' if cfg.from_mp4 or cfg.num_play and not cfg.num_play_valid else 'train_ct'
     command = f'python {script}.py task={cfg.task_name} data_dir={cfg.out_dir}'
-    if not cfg.num_play:
+    if cfg.from_mp4 and not cfg.num_play:
+        command = 'the same command with num_play=1000: your own videos are imitated with play'
+    elif not cfg.num_play:
         command += ' recipe=liu2017'
     print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\nnext: {command}')
 

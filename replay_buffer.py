@@ -27,7 +27,8 @@ class ReplayBuffer:
     def __init__(self, root: Path, obs_spec: specs.Array, action_spec: specs.Array, capacity: int,
                  nstep: int, discount: float, frame_stack: int = 1, slack: int = 0, seed: int = 0,
                  device: torch.device | str = 'cpu', resume: bool = False, spare: int = 0):
-        """
+        """Open the ring's files, or make them.
+
         Args:
           obs_spec: of the stacked observation; its first axis is `frame_stack` frames.
           capacity: rows to sample from; an episode takes one more than it has steps.
@@ -117,8 +118,8 @@ class ReplayBuffer:
                     and (self._rows['checksum'][rows] == self._checksum(rows)).all())
 
     def sample(self, batch_size: int, ahead: tuple[int, ...] = ()) -> tuple[torch.Tensor, ...]:
-        """-> obs (B, *obs), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, *obs), and
-        for every number of steps in `ahead` the obs so long after the first (B, *obs), the
+        """Return obs (B, *obs), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, *obs),
+        and for every number of steps in `ahead` the obs so long after the first (B, *obs), the
         episode's last standing in for those beyond its end. Observations are of their spec's dtype,
         the rest float32.
 
@@ -150,7 +151,7 @@ class ReplayBuffer:
         return start
 
     def _stacked(self, time: np.ndarray) -> np.ndarray:
-        """-> (B, *obs): frames up to `time`, an episode's first standing in for earlier ones."""
+        """Return frames up to `time` (B, *obs), an episode's first standing in for earlier ones."""
         first = self._rows['first'][time % self._size]
         back = np.arange(-self._stack + 1, 1)
         rows = np.maximum(time[:, None] + back, first[:, None]) % self._size

@@ -3,6 +3,11 @@
 `Workspace` is the project's only RL loop: act, step, store, update, log, evaluate, snapshot and
 resume. The imitator (train_ac.py) runs in it as well.
 """
+import signal
+
+if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +29,7 @@ LONGEST_EPISODE = dmc.MAX_EPISODE_STEPS + 1  # rows in the ring
 
 
 def check_settings(cfg, script: str = 'train'):
-    """Raises: UserError for settings with which there is no run."""
+    """Refuse settings with which there is no run (UserError)."""
     utils.check_settings(cfg, script)
     if cfg.num_train_frames < (cfg.action_repeat or 1):  # an imitator's is not known at first
         raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
@@ -46,7 +51,8 @@ class Workspace:
 
     def __init__(self, cfg, work_dir: Path, kind: str, train_env, eval_env, make_agent,
                  agent_args: dict, made_by: dict, last: dict | None, overlap: bool = False):
-        """
+        """Make the parts of the run and load `last`.
+
         Args:
           kind: what its snapshots hold, 'expert' or 'imitator'.
           agent_args: what `make_agent` takes, beside the device, for a `DrQV2Agent`; kept in the
@@ -188,7 +194,7 @@ class Workspace:
         return future
 
     def act(self, obs: np.ndarray, eval_mode: bool) -> np.ndarray:
-        """Raises: UserError where the agent's action, (action_dim,), is not finite."""
+        """Return the agent's action, (action_dim,); refuse one that is not finite (UserError)."""
         action = self.agent.act(obs, self.global_step, eval_mode)
         if not np.isfinite(action).all():
             raise utils.diverged(self.snapshot_path)
@@ -212,7 +218,7 @@ class Workspace:
         self.logger.dump(self.global_frame, 'train')
 
     def play(self, episode: int):
-        """Yields the time steps of an evaluation episode: the same start at every evaluation."""
+        """Yield the time steps of an evaluation episode: the same start at every evaluation."""
         time_step = self.eval_env.reset(
             episode_seed=utils.derive_seed(self.cfg.seed, EVAL, episode))
         yield time_step

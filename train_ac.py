@@ -3,8 +3,12 @@
 The loop is train.py's `Workspace`; here stands what it is given, all of it from ac_agent.py:
 demonstrations with the translator at work on them, the imitation environment and the `ACAgent`.
 """
-import ctypes
 import signal
+
+if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -172,7 +176,7 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
     for split, limit in limits.items():
         splits[split] = clips = video.Clips(root / split, cfg.task_name, im_size,
                                             dmc.CONTEXT_QUALITY, max_episodes=limit)
-        if split != 'play' and clips.meta['num_contexts'] < 2 - clips.imported:
+        if split != 'play' and clips.meta['num_contexts'] < clips.min_contexts:
             raise UserError(f'{clips.root} shows each episode in one context only; one more is '
                             'needed for the agent: python generate_expert_video.py '
                             f'task={cfg.task_name} num_contexts=4 out_dir=<another folder>.')

@@ -6,6 +6,12 @@ as they are and are worked out once. The folder of the run gets snapshot.pt, to 
 best.pt, which is the one to use: the translator with the lowest loss on held-out episodes in
 held-out contexts, with its code.
 """
+import signal
+
+if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +31,7 @@ from utils import UserError
 
 
 def check_settings(cfg):
-    """Raises: UserError for settings with which there is no run."""
+    """Refuse settings with which there is no run (UserError)."""
     utils.check_settings(cfg, 'train_ct')
     for name, weights, others in (('weights', cfg.weights, 'foreground'),
                                   ('code.weights', cfg.code.weights, 'noise')):
@@ -38,16 +44,20 @@ class PairSampler:
 
     def __init__(self, clips: video.Clips, pairs: str, frames_per_clip: int,
                  augment_mirror: bool, augment_colours: bool, seed: int):
-        """Raises: UserError where the dataset cannot give such pairs."""
+        """Refuse a dataset that cannot give such pairs (UserError)."""
         num_contexts, num_frames = clips.meta['num_contexts'], clips.meta['episode_len'] + 1
-        command = f"python generate_expert_video.py task={clips.meta['task']}"
+        film = f"python generate_expert_video.py task={clips.meta['task']} "
+        more_contexts, more = film + 'num_contexts=4', film + f"num_{clips.meta['split']}=100"
+        if clips.imported:
+            more_contexts = film + 'from_mp4=<folder of several contexts>'
+            more = f'remove it and {film}from_mp4=<folder of more videos>'
         if pairs == 'same_episode' and num_contexts < 2:
             raise UserError(f'{clips.root} shows each episode in one context, and '
-                            f'pairs=same_episode takes two: remove it and {command} '
-                            'num_contexts=4, or set pairs=random.')
+                            'pairs=same_episode takes two: set pairs=random, or remove it and '
+                            f'{more_contexts}.')
         if pairs == 'random' and len(clips) < 2:
             raise UserError(f'{clips.root} holds one episode, and pairs=random takes two: '
-                            f"{command} num_{clips.meta['split']}=100.")
+                            f'{more}.')
         if frames_per_clip > num_frames:
             raise UserError(f'{clips.root} holds clips of {num_frames} frames: set '
                             f'frames_per_clip={num_frames} or less.')
@@ -57,7 +67,7 @@ class PairSampler:
         self._frames_per_clip, self.rng = frames_per_clip, np.random.default_rng(seed)
 
     def draw(self) -> tuple[int, int, int, int, np.ndarray]:
-        """-> source episode and context, target episode and context, frame numbers, sorted."""
+        """Return source episode and context, target episode and context, frame numbers, sorted."""
         rng = self.rng
         if self._pairs == 'same_episode':
             episode = int(rng.integers(len(self._clips)))
@@ -83,7 +93,8 @@ class PairSampler:
         return self._probs[i]
 
     def sample(self, batch_size: int) -> list[torch.Tensor]:
-        """-> source and target, uint8 (N, T, H, W, 3), the targets' first frames (N, H, W, 3)."""
+        """Return source and target, uint8 (N, T, H, W, 3), the targets' first frames
+        (N, H, W, 3)."""
         batch = [], [], []
         for _ in range(batch_size):
             i, source_context, j, target_context, frames = self.draw()
@@ -126,11 +137,11 @@ class FeatureWindows:
         self._actions = torch.tensor(actions, device=device)          # (N, T, A)
 
     def all(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> z1 (N, C, T+1, Z) and z2 (N, C, Z) of all episodes."""
+        """Return z1 (N, C, T+1, Z) and z2 (N, C, Z) of all episodes."""
         return tuple(torch.cat(parts) for parts in zip(*self._features.values(), strict=True))
 
     def sample(self, batch_size: int) -> list[torch.Tensor]:
-        """-> what `PoseCode.losses` takes: half of the windows from demonstrations, half from
+        """Return what `PoseCode.losses` takes: half of the windows from demonstrations, half from
         play."""
         parts, actions = [], None
         for name, (z, z2) in self._features.items():
@@ -185,7 +196,7 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, model: ContextTranslator, foreground: float, autocast
                  ) -> tuple[dict[str, float], torch.Tensor]:
-        """-> metrics, and the predicted clips, uint8 (N, T, H, W, 3).
+        """Return metrics, and the predicted clips, uint8 (N, T, H, W, 3).
 
         Feature errors are in units of the features' variance over the targets: 1 means that the
         translator predicts nothing. `shuffled` hands it the source of another clip.
@@ -229,7 +240,8 @@ class PoseProbe:
 
     def __init__(self, splits: dict[str, video.Clips], num_episodes: int = 50,
                  device: torch.device | str = 'cpu'):
-        """
+        """Take the poses to fit to and to measure on.
+
         Args:
           splits: 'train' and 'valid', with or without 'play' and 'play_valid'.
           num_episodes: to measure on, of each split; the probe is fitted on twice as many.
@@ -248,16 +260,16 @@ class PoseProbe:
         self._lengths = [k for k, joint in enumerate(self._joints) if joint in ('slide', 'other')]
 
     def _vectors(self, qpos: np.ndarray, times: np.ndarray | int) -> np.ndarray:
-        """qpos (..., nq) -> (..., n): sine and cosine of `times` the angles; lengths in standard
-        deviations."""
+        """Return qpos (..., nq) as vectors (..., n): sine and cosine of `times` the angles; lengths
+        in standard deviations."""
         angles = qpos[..., self._angles] * times
         lengths = (qpos / self._scale)[..., self._lengths]
         return np.concatenate([np.sin(angles), np.cos(angles), lengths], axis=-1)
 
     def _errors(self, vectors: np.ndarray, qpos: np.ndarray, times: np.ndarray | int
                 ) -> np.ndarray:
-        """Read-out vectors (..., n) against qpos (..., nq) -> the error of each joint: rad, or
-        standard deviations of a length."""
+        """Return the error of each joint, of vectors read out (..., n) against qpos (..., nq): rad,
+        or standard deviations of a length."""
         num = len(self._angles)
         angles = np.arctan2(vectors[..., :num], vectors[..., num:2 * num])
         off = angles - qpos[..., self._angles] * times
@@ -267,7 +279,7 @@ class PoseProbe:
 
     @torch.no_grad()
     def _encode(self, encode, name: str) -> torch.Tensor:
-        """-> (N, C, T+1, D); of the splits that the probe is fitted on, two contexts."""
+        """Return codes (N, C, T+1, D); of the splits that the probe is fitted on, two contexts."""
         contexts = slice(None) if name.endswith('valid') else slice(2)
         return torch.stack([
             encode(torch.from_numpy(np.array(self._splits[name].frames(i)[contexts])).to(
@@ -316,8 +328,8 @@ class PoseProbe:
         return scores
 
     def _fit(self, names: list[str], codes: dict, poses: dict, seed: int):
-        """-> a function that reads pose vectors (N, n) out of features (N, D), and for each angle
-        1, or 2 where twice the angle is read."""
+        """Return a function that reads pose vectors (N, n) out of features (N, D), and for each
+        angle 1, or 2 where twice the angle is read."""
         z = torch.cat([codes[name].flatten(0, 2) for name in names])
         qpos = np.concatenate([poses[name].reshape(-1, len(self._joints)) for name in names])
         truth = np.concatenate([self._vectors(qpos, times) for times in (1, 2)], axis=1)
@@ -421,10 +433,11 @@ def open_splits(cfg) -> dict[str, video.Clips]:
                             'out_dir=<another folder>.')
         here, train = ({key: clips[split].meta.get(key) for key in (
             'num_contexts', 'episode_len', 'action_repeat')} for split in (name, 'train'))
+        made_of = 'from_mp4' if clips['train'].imported else 'expert'
         utils.require_same(clips[name].root, here, train,
                            'remove it and python generate_expert_video.py '
-                           f'task={cfg.task_name} out_dir={root}, with the options and the expert '
-                           'of its neighbour train')
+                           f'task={cfg.task_name} out_dir={root}, with the options and the '
+                           f'{made_of} of its neighbour train')
     if cfg.model.code_dim and clips['train'].meta['num_contexts'] < 2:
         raise UserError(f'{root} shows each episode in one context, and a pose code takes two: '
                         f'python generate_expert_video.py task={cfg.task_name} num_contexts=4 '
@@ -546,8 +559,7 @@ class Run:
                           lambda: self.scores | measure_code(model, self.splits, self.autocast))
 
     def end_step(self, metrics: dict, end: int, evaluate: Callable, evaluate_every: int = 0):
-        """Log a step of the phase that ends at step `end`; there and where it is due, evaluate and
-        save."""
+        """Count and log a step; evaluate and save when due, and at step `end`."""
         self.step += 1
         self.logger.log_metrics(metrics, self.step)
         at_end = self.step == end
@@ -557,7 +569,8 @@ class Run:
             self.logger.log_metrics({'total_time': self.timer.total()}, self.step)
             self.logger.dump(self.step)
         if at_end or evaluate_every and self.step % evaluate_every == 0:
-            with self.stop.at_once():
+            # where a stop is asked for, it comes after the evaluation and the snapshot
+            with contextlib.nullcontext() if self.stop.asked else self.stop.at_once():
                 scores = evaluate()
             self.logger.log_metrics({**scores, **self.evaluator.baselines}, self.step, 'eval')
             self.logger.dump(self.step, 'eval')
@@ -579,8 +592,9 @@ class Run:
 
 
 def train(cfg, work_dir: Path):
-    """Train the translator, then the code; on Ctrl-C and SIGTERM end after the step, with a
-    snapshot, but while it encodes or evaluates at once and without one.
+    """Train the translator, then the code; on Ctrl-C and SIGTERM end after the step, and the
+    evaluation where one is due, with a snapshot, but if it encodes or evaluates already at once and
+    without one.
 
     Raises: utils.Interrupted in these cases; UserError, see `Run`.
     """

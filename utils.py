@@ -29,10 +29,12 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -66,10 +68,10 @@ def main(config_name: str, task_names: Sequence[str], check: Callable):
             with exit_on_user_error():
                 sys.argv[1:] = with_own_options(sys.argv[1:])
                 args = read_arguments(sys.argv[1:])
-                tasks = register_tasks(task_names, args.overrides)
-                for cfg in compose_runs(config_name, args):
+                groups = register_tasks(task_names)
+                for cfg in compose_runs(config_name, args, groups):
                     if args.help:
-                        print(help_text(cfg, config_name, tasks))
+                        print(help_text(cfg, config_name, groups['task']))
                         return
                     check(cfg)
             hydra.main(version_base='1.3', config_path=str(CFGS), config_name=config_name)(
@@ -103,12 +105,20 @@ def exit_on_user_error():
 # ------------------------------------------------------------------------ command line and settings
 
 def with_own_options(arguments: list[str]) -> list[str]:
-    """`hydra.run.dir=RUN` alone stands for the options that RUN was started with."""
+    """Return the arguments, and with `hydra.run.dir=RUN` alone the options that RUN was started
+    with.
+
+    Raises: Damaged where these cannot be read.
+    """
     key, _, folder = arguments[0].partition('=') if len(arguments) == 1 else ('', '', '')
     path = Path(folder) / '.hydra/overrides.yaml'
     if key != 'hydra.run.dir' or not path.exists():
         return arguments
-    return [*arguments, *OmegaConf.load(path)]
+    try:
+        return [*arguments, *map(str.strip, OmegaConf.load(path)[:])]
+    except (OSError, OmegaConfBaseException, TypeError, ValueError, yaml.YAMLError) as error:
+        raise Damaged(f"{path} is damaged: write the run's options behind "
+                      f'{arguments[0]}.') from error
 
 
 def read_arguments(arguments: list[str]):
@@ -124,44 +134,39 @@ def read_arguments(arguments: list[str]):
     return parser.parse_args(arguments)
 
 
-def register_tasks(task_names: Sequence[str], overrides: list[str]) -> list[str]:
+def register_tasks(task_names: Sequence[str]) -> dict[str, list[str]]:
     """Make `task=<domain_task>` work for tasks that have no file in cfgs/task.
 
-    Returns: all names that `task` takes.
-
-    Raises: UserError for an unknown task or kind of observation, with the nearest names.
+    Returns: for each folder in cfgs/, such as `task`, the names that it takes on a command line.
     """
-    files = {path.stem for path in (CFGS / 'task').glob('*.yaml')}
-    tasks = set(task_names)
+    groups = {folder.name: sorted(path.stem for path in folder.glob('*.yaml'))
+              for folder in CFGS.iterdir() if folder.is_dir()}
+    tasks, files = set(task_names), set(groups['task'])
     for name in tasks - files:
         ConfigStore.instance().store(group='task', name=name, package='_global_',
                                      node={'defaults': ['medium'], 'task_name': name})
-    known = {'task': sorted(tasks | files - {'easy', 'medium', 'hard'}),
-             'obs': ['pixels', 'states'], 'recipe': ['liu2017', 'pose_code']}
-    for override in overrides:
-        group, _, values = override.partition('=')
-        for name in values.split(',') if group in known else ():
-            if name not in known[group]:
-                raise UserError(f'{group}={name} is unknown; the nearest are '
-                                f'{nearest(name, known[group])}. --help lists them all.')
-    return known['task']
+    return groups | {'task': sorted(tasks | files - {'easy', 'medium', 'hard'})}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """'lrr', ['lr', ...] -> 'lr, code.lr', those of the names that are spelt most alike; all where
-    none is."""
+    """Return 'the nearest are lr, code.lr; --help lists them all.', those spelt most like `name`,
+    or, where none is like it, the last part alone."""
     # An option may be meant without the section it is in.
     near = {full: max(difflib.SequenceMatcher(None, name, part).ratio()
                       for part in (full, full.rpartition('.')[2]))
             for full in sorted(names, key=len)}
     best = [full for full in sorted(near, key=near.get, reverse=True) if near[full] > 0.5]
-    return ', '.join(best[:3] or sorted(near))
+    return (f"the nearest are {', '.join(best[:3])}; " if best else '') + '--help lists them all.'
 
 
-def compose_runs(config_name: str, args) -> list:
+def compose_runs(config_name: str, args, groups: dict[str, list[str]]) -> list:
     """Return the settings of each run that the arguments ask for: of one, or with -m of several.
 
-    Raises: UserError for an override that cannot be read, or does not name a setting.
+    Args:
+      groups: the names that each folder of cfgs/ takes.
+
+    Raises: UserError for an override that cannot be read, or does not name a setting, and where the
+      run's folder cannot be made.
     """
     if (args.hydra_help or args.shell_completion or args.experimental_rerun or args.config_name
             or args.config_path or args.config_dir):
@@ -175,15 +180,28 @@ def compose_runs(config_name: str, args) -> list:
             if swept and not several:
                 raise UserError(f'{argument} gives several values: add -m to run with each of '
                                 'them, or put them in [ and ] for a list.')
+            if swept and (not override.is_discrete_sweep() or isinstance(override.value(), Glob)):
+                raise UserError(f'{argument} does not say which values to run with: list them, as '
+                                'in seed=1,2 or task=reacher_hard,finger_spin.')
             choices.append([parse_override(f'{override.get_key_element()}={value}') for value in
                             override.sweep_string_iterator()] if swept else [override])
         for run in itertools.product(*choices):
-            groups = [override for override in run if override.is_hydra_override()
-                      or (CFGS / override.key_or_group).is_dir()]
-            cfgs.append(_compose(config_name, *(override.input_line for override in groups)).copy())
+            chosen = [override for override in run if override.is_hydra_override()
+                      or override.key_or_group in groups]
+            for override in chosen:
+                group, name = override.key_or_group, str(override.value())
+                if group in groups and not override.is_delete() and name not in groups[group]:
+                    raise UserError(f'there is no {group}={name}; {nearest(name, groups[group])}')
+            cfgs.append(_compose(config_name, *(override.input_line for override in chosen)).copy())
             for override in run:
-                if override not in groups:
+                if override not in chosen:
                     _set(cfgs[-1], override)
+            folders = {override.key_or_group: override.value() for override in chosen
+                       if override.key_or_group in ('hydra.run.dir', 'hydra.sweep.dir')}
+            folders = folders or {'local_dir': cfgs[-1].get('local_dir', '.')}
+            for option, folder in folders.items():
+                if not (args.help or args.cfg or args.info):
+                    check_folder(str(folder), option)
     except (HydraException, OmegaConfBaseException) as error:
         message = re.split('Config search path|See http', str(error))[0]
         raise UserError(' '.join(message.split()).rstrip('.') + '.') from error
@@ -191,7 +209,7 @@ def compose_runs(config_name: str, args) -> list:
 
 
 def parse_override(argument: str):
-    """Return Hydra's reading of key=value. Raises: UserError where it has none."""
+    """Return Hydra's reading of key=value; refuse what it cannot read (UserError)."""
     with contextlib.suppress(HydraException):
         override = OverridesParser.create().parse_override(argument)
         if override.key_or_group:
@@ -207,11 +225,10 @@ def _compose(config_name: str, *overrides: str):
 
 
 def _set(cfg, override):
-    """Apply an override as Hydra will. Raises: UserError where that is no option's new value."""
+    """Apply an override as Hydra will; refuse one that is no option's new value (UserError)."""
     key, known = override.key_or_group, flat(OmegaConf.to_container(cfg))
     if not any(f'{name}.'.startswith(f'{key}.') for name in known):
-        raise UserError(f'there is no option {key}; the nearest are {nearest(key, known)}. '
-                        '--help lists them all.')
+        raise UserError(f'there is no option {key}; {nearest(key, known)}')
     if override.is_add() or override.is_delete():
         raise UserError(f'{override.input_line}: each option has a value, which can neither be '
                         f'added nor removed; write {key}=value.')
@@ -239,7 +256,8 @@ def check_settings(cfg, script: str):
 
 
 def rule_of(key: str, script: str) -> str:
-    """Return what cfgs/allowed.yaml says of a setting. Raises: UserError where it says nothing."""
+    """Return what cfgs/allowed.yaml says of a setting; refuse one that it does not have
+    (UserError)."""
     parts = [script, *key.split('.')]
     rules = _rules()
     for i in range(len(parts)):
@@ -289,7 +307,7 @@ def allows(words: str, value: Any) -> bool:
 
 
 def _within(limits: list[str], value: float) -> bool:
-    """['from', '0', 'to', '1'], 0.5 -> True."""
+    """Tell whether a value is finite and within limits such as ['from', '0', 'to', '1']."""
     ends = dict(zip(limits[::2], map(float, limits[1::2]), strict=True))
     return (math.isfinite(value) and value > ends.get('above', -math.inf)
             and ends.get('from', -math.inf) <= value <= ends.get('to', math.inf))
@@ -365,7 +383,8 @@ def command() -> str:
 
 
 def require_same(source: str | Path, before: dict, now: dict, remedy: str):
-    """Raises: UserError naming the values `source` was made with that differ from those of `now`.
+    """Refuse `source` where it was made with other values than those of `now`, and name them
+    (UserError).
 
     Dicts within are compared value by value, as in `scenery.camera.zoom`.
     """
@@ -377,7 +396,7 @@ def require_same(source: str | Path, before: dict, now: dict, remedy: str):
 
 
 def require_same_run(work_dir: Path, last: dict, now: dict):
-    """Raises: UserError where the run's last snapshot was made with other arguments or inputs."""
+    """Refuse to go on from a snapshot made with other arguments or inputs (UserError)."""
     before = last.get('agent_args', {}) | last.get('model_args', {}) | last['made_by']
     again = (f"python {last['command']} hydra.run.dir={shlex.quote(str(work_dir))} and the same "
              'inputs' if last.get('command') else 'the same options and inputs')
@@ -385,7 +404,7 @@ def require_same_run(work_dir: Path, last: dict, now: dict):
 
 
 def flat(values: dict, prefix: str = '') -> dict:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    """Return {'a.b': 1} for {'a': {'b': 1}}."""
     parts = [flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
              for key, value in values.items()]
     return {key: value for part in parts for key, value in part.items()}
@@ -437,7 +456,8 @@ def raise_interrupts():
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             before[number] = signal.signal(number, _raise_interrupt)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those of the script's imports
+        # deliver signals that were blocked while importing
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         yield
     finally:
         for number, handler in before.items():
@@ -558,11 +578,7 @@ PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 def set_precision(name: str):
     """Set how this process multiplies fp32 matrices: 'fp32' exactly; 'bf16' with factors rounded to
     bf16 (to TF32 on CUDA) and sums in fp32.
-
-    Raises: UserError for another name.
     """
-    if name not in PRECISIONS:
-        raise UserError(f'precision={name} is neither bf16 nor fp32: set precision=fp32.')
     fast = name == 'bf16'
     torch.backends.mkldnn.matmul.fp32_precision = 'bf16' if fast else 'ieee'
     torch.backends.cuda.matmul.fp32_precision = 'tf32' if fast else 'ieee'
@@ -633,13 +649,26 @@ UNITS = {'GiB': 2 ** 30, 'MiB': 2 ** 20, 'KiB': 2 ** 10}
 FULL = errno.ENOSPC, errno.EDQUOT
 
 
-def check_disk(folder: str | Path, num_bytes: int, what: str, remedy: str):
-    """Raises: UserError when the disk on which `folder` is, or will be, lacks the bytes."""
-    parent = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if num_bytes > free:
-        raise UserError(f'{what} in {folder} needs {_size(num_bytes)} and {_size(free)} are free: '
-                        f'{remedy}.')
+def check_disk(folder: str | Path, size: int, what: str, remedy: str):
+    """Refuse to go on (UserError) where the disk of `folder`, which may not exist yet, lacks `size`
+    bytes."""
+    free = shutil.disk_usage(_existing(folder)).free
+    if size > free:
+        raise UserError(f'{what} in {folder} needs {_in_units(size)} and {_in_units(free)} are '
+                        f'free: {remedy}.')
+
+
+def check_folder(folder: str | Path, option: str):
+    """Refuse a folder that cannot be made or written in (UserError); `option` chooses it."""
+    there = _existing(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = 'may not be written in' if there.is_dir() else 'is a file'
+        raise UserError(f'{there} {what}: set {option} to another folder.')
+
+
+def _existing(path: str | Path) -> Path:
+    """Return the path, or its nearest parent that exists."""
+    return next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
 
 
 def reserve(path: Path):
@@ -656,16 +685,16 @@ def reserve(path: Path):
                 raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def snapshot_space(path: Path, num_bytes: int) -> int:
-    """Return how many bytes have to be free for snapshots of such a size: the next is written while
-    the last two are still there."""
+def snapshot_space(path: Path, size: int) -> int:
+    """Return how many bytes have to be free for snapshots of `size` bytes: the next is written
+    while the last two are still there."""
     there = sum(p.stat().st_size for p in (path, previous(path)) if p.exists())
-    return max(3 * num_bytes - there, 0)
+    return max(3 * size - there, 0)
 
 
-def _size(num_bytes: int) -> str:
-    unit = next((unit for unit in ('GiB', 'MiB') if num_bytes >= UNITS[unit]), 'KiB')
-    return f'{num_bytes / UNITS[unit]:.1f} {unit}'
+def _in_units(size: int) -> str:
+    unit = next((unit for unit in ('GiB', 'MiB') if size >= UNITS[unit]), 'KiB')
+    return f'{size / UNITS[unit]:.1f} {unit}'
 
 
 def _disk_full(path: str | Path | None) -> str:
@@ -676,7 +705,7 @@ def _disk_full(path: str | Path | None) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-    """Yields a temporary path beside `path`, which takes its place only when the block succeeds.
+    """Yield a temporary path beside `path`, which takes its place only when the block succeeds.
 
     Raises: UserError where the disk is full.
     """
@@ -714,8 +743,9 @@ def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
     Args:
       option: the setting with which to choose another folder.
 
-    Raises: UserError where another process holds it.
+    Raises: UserError where another process holds it, or it cannot be made.
     """
+    check_folder(folder, option)
     # Hydra has made the run's just now.
     is_new = not folder.exists() or option == 'hydra.run.dir' and not any(folder.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
@@ -747,7 +777,7 @@ def versions() -> dict[str, str]:
 
 def require_same_pictures(source: str | Path, there: dict, quality: list | None, here: list,
                           remedy: str):
-    """Raises: UserError where `source` comes from pictures that are drawn otherwise than here.
+    """Refuse `source` where it comes from pictures that are drawn otherwise than here (UserError).
 
     Args:
       there: `versions()` as they were there.
@@ -801,7 +831,7 @@ def diverged(path: str | Path) -> UserError:
 
 
 def _tensors(values) -> Iterator[torch.Tensor]:
-    """Yields the tensors in nested dicts and lists."""
+    """Yield the tensors in nested dicts and lists."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, dict | list | tuple):
@@ -810,8 +840,8 @@ def _tensors(values) -> Iterator[torch.Tensor]:
 
 
 def num_bytes(values) -> int:
-    """Return how many bytes the tensors in nested dicts and lists take: each once, and views as if
-    copied."""
+    """Return how many bytes the tensors in nested dicts and lists take. Count each tensor once,
+    views at full size."""
     return sum({id(tensor): tensor.numel() * tensor.element_size()
                 for tensor in _tensors(values)}.values())
 
@@ -835,6 +865,9 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
     found = newest_snapshot(path)
     if found is None:
         raise UserError(f"there is no {kind or 'snapshot'} at {path}: {remedy}.")
+    if found.is_dir():
+        raise UserError(f'{found} is a folder: name the snapshot in it, such as '
+                        f"{found / 'snapshot.pt'}.")
     try:
         with zipfile.ZipFile(found) as archive:  # torch.load does not compare the checksums
             if any(part.compress_type for part in archive.infolist()):

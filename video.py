@@ -57,7 +57,7 @@ def save(path: str | Path, frames: np.ndarray, fps: float = 20):
         iio.imwrite(tmp, frames, **options)
 
 
-def moments(path: str | Path, fps: float, num_frames: int) -> tuple[float, np.ndarray]:
+def nearest_frames(path: str | Path, fps: float, num_frames: int) -> tuple[float, np.ndarray]:
     """Return a file's own frames per second, and the numbers of the frames that lie nearest to
     `num_frames` moments 1/fps seconds apart, from its first frame on.
 
@@ -71,21 +71,21 @@ def moments(path: str | Path, fps: float, num_frames: int) -> tuple[float, np.nd
                         'H.264.') from error
     if numbers[-1] >= length:
         whole = max(int((length - 0.5) / rate * fps), 0)
+        shorter = f'set episode_len={whole} or less, or ' if whole > 1 else ''  # 2 are the least
         raise UserError(f'{path} lasts {length / rate:.2f} s, which is {whole} agent steps of '
-                        f'{1 / fps:.3g} s, not {num_frames - 1}: set episode_len={whole} or less, '
-                        'or remove it.')
+                        f'{1 / fps:.3g} s, not {num_frames - 1}: {shorter}remove it.')
     return rate, numbers
 
 
 def load(path: str | Path, fps: float, num_frames: int, im_size: int) -> tuple[np.ndarray, float]:
-    """Read the beginning of a video of any size and rate: `moments`, cut to the square in the
-    middle and resized.
+    """Read the beginning of a video of any size and rate: `nearest_frames`, cut to the square in
+    the middle and resized.
 
     Returns: uint8 (num_frames, im_size, im_size, 3), and the file's own frames per second.
 
     Raises: UserError where it cannot be read, or ends before.
     """
-    rate, numbers = moments(path, fps, num_frames)
+    rate, numbers = nearest_frames(path, fps, num_frames)
     clip, number = [], -1
     for number, frame in enumerate(iio.imiter(path)):
         if number in numbers:
@@ -99,21 +99,20 @@ def load(path: str | Path, fps: float, num_frames: int, im_size: int) -> tuple[n
     raise UserError(f'{path} is damaged at frame {number + 1}: remove it.')
 
 
-def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str],
-                 scale: int | None = None) -> np.ndarray:
+def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
     """Clips next to each other, each under its caption.
 
     Args:
       clips: uint8 (T_k, H_k, W_k, 3) each; a shorter one stands still on its last frame, a lower
         one is filled up with black.
       labels: one for each clip; shrunk where it is wider than its panel.
-      scale: whole number by which pixels are enlarged; None: the least that fills PANEL.
 
-    Returns: uint8 (max T_k, CAPTION + max scale * H_k, sum of scale * W_k, 3).
+    Returns: uint8 (max T_k, CAPTION + max n_k * H_k, sum of n_k * W_k, 3), where n_k is the least
+      whole number that fills PANEL.
     """
     length, panels = max(len(clip) for clip in clips), []
     for clip, label in zip(clips, labels, strict=True):
-        factor = scale or math.ceil(PANEL / min(clip.shape[1:3]))
+        factor = math.ceil(PANEL / min(clip.shape[1:3]))
         clip = np.pad(clip, ((0, length - len(clip)), (0, 0), (0, 0), (0, 0)), mode='edge')
         clip = clip.repeat(factor, axis=1).repeat(factor, axis=2)
         caption = _caption(label, clip.shape[2])
@@ -129,7 +128,7 @@ def mse(image: np.ndarray, other: np.ndarray) -> float:
 
 
 def psnr(error: float) -> float:
-    """A mean squared error of pixels in [0, 1] -> dB, at most 100; nan stays nan."""
+    """Return a mean squared error of pixels in [0, 1] in dB, at most 100; nan stays nan."""
     return float(-10 * np.log10(max(error, 1e-10)))
 
 
@@ -146,12 +145,11 @@ def _caption(label: str, width: int) -> np.ndarray:
 class VideoRecorder:
     """Films an evaluation episode into <work_dir>/eval_video/; `work_dir` None films nothing.
 
-    What is filmed are `env.panels(im_size)`, caption -> uint8 (H, W, 3), side by side.
+    What is filmed are `env.panels(PANEL)`, caption -> uint8 (H, W, 3), side by side.
     """
 
-    def __init__(self, work_dir: str | Path | None, im_size: int = PANEL, fps: float = 20):
+    def __init__(self, work_dir: str | Path | None):
         self._folder = None if work_dir is None else Path(work_dir) / 'eval_video'
-        self._im_size, self._fps = im_size, fps
         self._enabled, self._frames = False, []
 
     def init(self, env, enabled: bool = True):
@@ -161,23 +159,22 @@ class VideoRecorder:
 
     def record(self, env):
         if self._enabled:
-            self._frames.append(env.panels(self._im_size))
+            self._frames.append(env.panels(PANEL))
 
     def save(self, file_name: str) -> np.ndarray | None:
         """Write the clip and return it; None where nothing was filmed."""
         if not self._enabled:
             return None
         film = panels_side_by_side(self._frames)
-        save(self._folder / file_name, film, self._fps)
+        save(self._folder / file_name, film)
         return film
 
 
-def panels_side_by_side(frames: Sequence[dict[str, np.ndarray]], note: str = '',
-                        scale: int | None = None) -> np.ndarray:
+def panels_side_by_side(frames: Sequence[dict[str, np.ndarray]], note: str = '') -> np.ndarray:
     """`side_by_side` of what `env.panels` gave at each step; `note` ends the last caption."""
     clips = [np.stack([panels[label] for panels in frames]) for label in frames[0]]
     *labels, last = frames[0]
-    return side_by_side(clips, [*labels, last + note], scale)
+    return side_by_side(clips, [*labels, last + note])
 
 
 def frames_path(root: str | Path, i: int) -> Path:
@@ -282,7 +279,7 @@ class Clips:
         return len(self._paths)
 
     def frames(self, i: int) -> np.ndarray:
-        """-> uint8 (num_contexts, episode_len + 1, H, W, 3), a read-only memory map.
+        """Return uint8 (num_contexts, episode_len + 1, H, W, 3), a read-only memory map.
 
         Raises: UserError where they are damaged: their checksum is compared at the first reading.
         """
@@ -312,6 +309,12 @@ class Clips:
     def imported(self) -> bool:
         """Whether these are videos of one's own: seeds, contexts, poses and returns are unknown."""
         return 'mp4_sha256' in self.meta
+
+    @property
+    def min_contexts(self) -> int:
+        """How many contexts imitation takes at least: the agent needs one that is not demonstrated,
+        which is drawn anew beside videos of one's own."""
+        return 1 if self.imported else 2
 
 
 def _damaged(path: Path) -> utils.Damaged:

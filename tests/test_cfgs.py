@@ -26,7 +26,7 @@ FILES = sorted(path.stem for path in (CFGS / 'task').glob('*.yaml') if path.stem
 
 @pytest.fixture(scope='module', autouse=True)
 def tasks():
-    utils.register_tasks(dmc.task_names(), [])
+    utils.register_tasks(dmc.task_names())
 
 
 def cfg_of(script, *overrides):
@@ -265,7 +265,7 @@ BAD = {
         ('im_size=63', 'a multiple of 16: set im_size=64'), ('im_size=0', 'a multiple of 16'),
         ('num_train=0', 'set num_train=1'), ('num_play=-1', 'set num_play=0'),
         ('episode_len=1', 'set episode_len=2'), ('num_workers=0', 'or null: set num_workers=1'),
-        ('player=3', 'a path or null'), ('snapshot=null', 'a path'),
+        ('player=3', 'a path or null: set player=null'), ('snapshot=null', 'a path'),
         ('scenery.camera.enabled=perhaps', 'true or false'),
         ('scenery.sky.value=[1,0]', 'a range within [0, 1]: set scenery.sky.value=[low,high]'),
         ('scenery.sky.value=[0,1.5]', 'within [0, 1]'), ('scenery.sky.value=[0]', 'within [0, 1]'),
@@ -316,7 +316,12 @@ def test_a_bad_setting_is_refused_in_a_sentence_and_nothing_is_written(refusal, 
     ('train', 'lr=linear(1,2,3)', ['lr=linear(1,2,3)', 'quote']), ('train', 'lr=[1', ['quote']),
     ('train', 'lr', ['key=value']), ('train', 'seed=1,2', ['seed=1,2', 'add -m']),
     ('train', '--verbose', ['--verbose', '--help']), ('train_ct', 'recipe=lui2017', ['liu2017']),
+    ('train_ct', 'ct=lui2017', ['no ct=lui2017', 'liu2017']), ('train', 'task=3', ['no task=3']),
+    ('train', 'lookahead=[1]', ['no option lookahead; --help lists them all.']),
     ('train', 'hydra/launcher=nowhere', ['hydra/launcher/nowhere']),
+    ('train', f'hydra.run.dir={__file__}', ['test_cfgs.py is a file: set hydra.run.dir to']),
+    ('train', f'hydra.run.dir={__file__}/run', ['test_cfgs.py is a file: set hydra.run.dir to']),
+    ('train_ct', f'local_dir={__file__}', ['test_cfgs.py is a file: set local_dir to']),
     ('train', 'hydra.nowhere=1', ['hydra.nowhere'])])
 def test_a_command_line_that_cannot_be_meant_is_refused_in_a_sentence(refusal, script, argument,
                                                                       words):
@@ -326,6 +331,11 @@ def test_a_command_line_that_cannot_be_meant_is_refused_in_a_sentence(refusal, s
 
 def test_all_runs_of_a_sweep_are_checked_before_the_first(refusal):
     assert 'seed=-1' in refusal('train', '-m', 'seed=1,2,-1', 'task=reacher_hard,finger_spin')
+    assert 'seed=-1' in refusal('train', '-m', 'seed=-1', 'task=choice(reacher_hard,finger_spin)')
+    assert 'no task=reacher_hrad; the nearest are reacher_hard' in refusal(
+        'train', '-m', 'task=choice(finger_spin,reacher_hrad)')
+    for argument in ('seed=glob(*)', 'task=glob(walker_*)', 'discount=interval(0,1)'):
+        assert f'{argument} does not say which values' in refusal('train', '-m', argument)
     assert 'batch_size=0' in refusal('train', '-m', 'batch_size=range(2,-1,-1)')
     assert 'lookahead=[]' in refusal('train_ac', '-m', 'task=reacher_hard,finger_spin', 'w_clone=0',
                                      'w_critic=1')

@@ -131,8 +131,6 @@ def test_names():
     assert dmc.split_name('point_mass_easy') == ('point_mass', 'easy')
     with pytest.raises(UserError, match='no task'):
         dmc.split_name('reacher_harder')
-    with pytest.raises(UserError, match='sounds'):
-        dmc.make('reacher_hard', obs='sounds')
 
 
 def test_no_working_gl_is_told_in_a_sentence(monkeypatch):
@@ -232,11 +230,24 @@ def test_each_script_takes_a_task_of_ones_own(own, script):
 
 @pytest.mark.parametrize('name, text, words', [
     ('dot.py', 'tasks = {}', 'dot.py has no SUITE: add SUITE ='),
+    ('dot.py', 'x = 1\n\nimport nowhere', "dot.py, line 3: ModuleNotFoundError: No .*: correct it"),
+    ('dot.py', 'def f():\n', 'dot.py, line 1: IndentationError: expected'),
     ('reacher.py', 'SUITE = {}', 'reacher.py has the name of a domain of the suite: rename it')])
 def test_what_is_no_domain_is_refused(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=words):
         dmc.load_domains(tmp_path)
+
+
+def test_files_with_an_underscore_are_no_domains(tmp_path):
+    (tmp_path / '_shared.py').write_text('raise ValueError')
+    assert dmc.load_domains(tmp_path) == {}
+
+
+def test_a_task_of_ones_own_may_have_the_name_of_an_alias(monkeypatch):
+    monkeypatch.setattr(dmc, 'ALL_TASKS', [('ball_in_cup', 'catch'), ('cup', 'push')])
+    assert dmc.split_name('cup_push') == ('cup', 'push')
+    assert dmc.split_name('cup_catch') == ('ball_in_cup', 'catch')
 
 
 def test_a_model_without_a_camera_is_told(own, monkeypatch):

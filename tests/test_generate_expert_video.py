@@ -585,6 +585,11 @@ def test_ctrl_c_while_modules_are_imported(snapshot, tmp_path, starting):
     assert (tmp_path / 'videos').exists() == (starting == 'workers')
 
 
+def test_a_file_is_no_out_dir(snapshot):
+    with pytest.raises(utils.UserError, match=f'{snapshot} is a file: set out_dir to another'):
+        script.generate(config(f'snapshot={snapshot}', f'out_dir={snapshot}'))
+
+
 def test_two_generations_do_not_share_a_folder(dataset, snapshot):
     with utils.only_one_at_work(dataset), pytest.raises(utils.UserError, match='another process'):
         script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=3'))

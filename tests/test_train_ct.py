@@ -232,7 +232,8 @@ def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(data, tmp_path, m
         assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
 
 
-@pytest.mark.parametrize('at', [5, 14])  # in the translator's steps, and in the code's
+# in the translator's steps, before an evaluation, before the code, in its steps, and in the last
+@pytest.mark.parametrize('at', [5, 8, 12, 14, 19])
 def test_an_interrupted_and_resumed_run_ends_as_one_that_ran_through(data, tmp_path, monkeypatch,
                                                                      unmeasured, at):
     cfg = config(data, recipe='pose_code')
@@ -578,6 +579,20 @@ def test_a_code_is_not_trained_on_videos_without_poses(data, tmp_path):
     with pytest.raises(UserError, match='videos/train holds your own videos'):
         train(config(tmp_path / 'videos', recipe='pose_code'), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
+
+
+def test_too_few_videos_of_ones_own_are_told(tmp_path):
+    for split in ('train', 'valid'):
+        film(tmp_path, split, num_episodes=1, num_contexts=1)
+        path = tmp_path / split / 'meta.json'
+        video.write_json(path, video.read_json(path) | {'mp4_sha256': '0'})
+    for pairs, words in (('same_episode', 'from_mp4=<folder of several contexts>'),
+                         ('random', 'from_mp4=<folder of more videos>')):
+        with pytest.raises(UserError, match=words):
+            train(config(tmp_path, f'pairs={pairs}'), tmp_path / 'run')
+    film(tmp_path, 'play')
+    with pytest.raises(UserError, match='num_contexts=3, not 1.* the from_mp4 of its neighbour'):
+        train(config(tmp_path, 'play_share=0.5'), tmp_path / 'run')
 
 
 def test_too_little_data_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,8 @@ def test_bad_snapshots_are_refused_in_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='there is no expert .*python train.py'):
         utils.load_snapshot(path, 'expert', remedy='python train.py')
     save(path, 1)
+    with pytest.raises(UserError, match=f'{tmp_path} is a folder: name .*{path}'):
+        utils.load_snapshot(tmp_path, 'expert')
     with pytest.raises(UserError, match='of kind expert, not translator'):
         utils.load_snapshot(path, 'translator')
     with pytest.raises(UserError, match='for task reacher_hard, not finger_spin'):
@@ -150,6 +153,10 @@ def test_a_runs_folder_alone_stands_for_its_options(tmp_path):
     assert utils.with_own_options([folder]) == [folder, 'task=finger_spin', 'lookahead=[1,2]']
     for others in ([folder, 'seed=2'], ['task=reacher_hard'], []):
         assert utils.with_own_options(others) == others
+    for damaged in (b'- [', b'- 3', b'\x00', b'\xff', b'word'):
+        (tmp_path / '.hydra/overrides.yaml').write_bytes(damaged)
+        with pytest.raises(utils.Damaged, match='overrides.yaml is damaged: write the run'):
+            utils.with_own_options([folder])
 
 
 def test_what_differs_is_named_with_both_values():
@@ -342,6 +349,17 @@ def test_scripts_end_with_one_sentence_and_code_2(tmp_path, overrides, words):
     assert 'Traceback' not in run.stderr
     [line] = [line for line in run.stderr.splitlines() if line.startswith('error:')]
     assert all(word in line for word in words)
+
+
+@pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])
+def test_ctrl_c_while_modules_are_imported(script, tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / f'{script}.py', f'hydra.run.dir={tmp_path}'],
+                               stderr=subprocess.PIPE, text=True)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and 'Traceback' not in error
+    assert f'to resume: python {script}.py' in error and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])

@@ -75,11 +75,11 @@ def test_side_by_side():
 
 def test_side_by_side_fills_lower_panels_and_shrinks_captions():
     tall, flat = np.full((1, 8, 4, 3), 50, np.uint8), np.full((1, 4, 40, 3), 60, np.uint8)
-    film = video.side_by_side([tall, flat], ['a very long caption', ''], scale=10)[0]
-    assert film.shape == (video.CAPTION + 80, 40 + 400, 3)
-    assert (film[video.CAPTION:video.CAPTION + 40, 40:] == 60).all()
-    assert not film[video.CAPTION + 40:, 40:].any()
-    assert film[:video.CAPTION, :40].any() and not film[:video.CAPTION, 40:].any()
+    film = video.side_by_side([tall, flat], [20 * 'a very long caption', ''])[0]
+    assert film.shape == (video.CAPTION + 512, 256 + 2560, 3)
+    assert (film[video.CAPTION:video.CAPTION + 256, 256:] == 60).all()
+    assert not film[video.CAPTION + 256:, 256:].any()
+    assert film[:video.CAPTION, :256].any() and not film[:video.CAPTION, 256:].any()
 
 
 def test_side_by_side_needs_a_label_for_each_clip():
@@ -110,7 +110,7 @@ def test_mse_compares_a_clip_with_one_image():
 
 
 def test_recorder(tmp_path):
-    env, recorder = FakeEnv(), video.VideoRecorder(tmp_path, im_size=16)
+    env, recorder = FakeEnv(), video.VideoRecorder(tmp_path)
     for _ in range(2):  # the second episode begins anew
         recorder.init(env)
         recorder.record(env)
@@ -267,6 +267,8 @@ def test_a_video_is_read_at_the_agents_rate_and_squared(tmp_path, rate, numbers)
 def test_a_video_that_ends_before_is_refused_with_what_it_has(tmp_path):
     path = save_counting(tmp_path / 'a.mp4', 30, 30)
     assert len(video.load(path, 25, 25, 16)[0]) == 25
+    with pytest.raises(utils.UserError, match='which is 1 agent steps of .* not 25: remove it.'):
+        video.nearest_frames(tmp_path / 'a.mp4', 1.5, 26)
     with pytest.raises(utils.UserError, match='a.mp4 lasts 1.00 s.*set episode_len=24 or less'):
         video.load(path, 25, 26, 16)
 
