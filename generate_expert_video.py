@@ -434,6 +434,16 @@ def film_all(cfg, jobs: list[tuple[str, int]], total: int):
         progress.close()
 
 
+def next_command(cfg) -> str:
+    """Return what to do with the dataset."""
+    if cfg.from_mp4 and not cfg.num_play:
+        return 'the same command with num_play=1000: imitating your own videos takes play'
+    # A code cannot be trained without poses, nor judged without play: there is one already.
+    script = 'train_ac' if cfg.from_mp4 or cfg.num_play and not cfg.num_play_valid else 'train_ct'
+    recipe = '' if cfg.num_play else ' recipe=liu2017'
+    return f'python {script}.py task={cfg.task_name} data_dir={cfg.out_dir}{recipe}'
+
+
 @utils.main('generate_expert_video', dmc.task_names(), check_settings)
 def main(cfg):
     generate(cfg)
@@ -453,14 +463,7 @@ def main(cfg):
             returns = [clips.episode(i)['expert_return'] for i in range(len(clips))]
             line += f'; return {np.mean(returns):.4g} +- {np.std(returns):.2g}'
         print(line)
-    # A translator cannot be trained without poses, nor judged without play: there is one already.
-    script = 'train_ac' if cfg.from_mp4 or cfg.num_play and not cfg.num_play_valid else 'train_ct'
-    command = f'python {script}.py task={cfg.task_name} data_dir={cfg.out_dir}'
-    if cfg.from_mp4 and not cfg.num_play:
-        command = 'the same command with num_play=1000: your own videos are imitated with play'
-    elif not cfg.num_play:
-        command += ' recipe=liu2017'
-    print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\nnext: {command}')
+    print(f'to look at: {cfg.out_dir}/*/preview_*.mp4\nnext: {next_command(cfg)}')
 
 
 if __name__ == '__main__':

@@ -508,6 +508,14 @@ def test_videos_that_do_not_do_are_named_before_any_work(mp4s, tmp_path, damage,
     assert not (tmp_path / 'videos').exists()
 
 
+@pytest.mark.parametrize('overrides, words', [
+    ([], 'train_ct.py task=reacher_easy data_dir=here'), (['num_play=0'], 'recipe=liu2017'),
+    (['num_play_valid=0'], 'train_ac.py'), (['from_mp4=x'], 'train_ac.py'),
+    (['from_mp4=x', 'num_play=0'], 'the same command with num_play=1000')])
+def test_what_comes_next_works_with_what_was_filmed(overrides, words):
+    assert words in script.next_command(config('out_dir=here', *overrides))
+
+
 def test_an_expert_has_an_action_repeat_of_its_own(snapshot, tmp_path):
     with pytest.raises(utils.UserError, match='goes with from_mp4'):
         script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}', 'action_repeat=4'))
