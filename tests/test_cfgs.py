@@ -125,6 +125,7 @@ def test_a_task_file_may_say_otherwise_of_its_imitator():
     assert said('task=cheetah_run') == (targets, 0, 6, 0)
     assert said('task=reacher_hard') == (targets, 0, 0, 0)
     assert said('task=finger_spin') == ([], 0, 6, 1)
+    assert said('task=cup_catch') == ([], 0, 6, 1)
     assert said('task=finger_turn_easy') == (targets, 0, 6, 1)
     assert said('task=walker_walk') == ([], 2, 6, 1)
     assert said('task=walker_walk', 'recipe=liu2017') == ([1, 3, 6, 12], 0, 0, 1)
