@@ -149,13 +149,14 @@ def register_tasks(task_names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return 'the nearest are lr, code.lr; --help lists them all.', those spelt most like `name`,
-    or, where none is like it, the last part alone."""
+    """Return 'the nearest are lr, code.lr; --help lists them all.', those spelt most like `name`;
+    where none is like it all of a few, else the last part alone."""
     # An option may be meant without the section it is in.
     near = {full: max(difflib.SequenceMatcher(None, name, part).ratio()
                       for part in (full, full.rpartition('.')[2]))
             for full in sorted(names, key=len)}
-    best = [full for full in sorted(near, key=near.get, reverse=True) if near[full] > 0.5]
+    best = [full for full in sorted(near, key=near.get, reverse=True)
+            if near[full] > 0.5 or len(near) <= 3]
     return (f"the nearest are {', '.join(best[:3])}; " if best else '') + '--help lists them all.'
 
 
