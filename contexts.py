@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import mujoco
 import numpy as np
 
+import utils
 from utils import UserError
 
 Kind = Literal['seen', 'held_out']
@@ -63,7 +64,23 @@ class Scenery:
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        """Refuse a scenery that is all off (UserError)."""
+        """Refuse a scenery of another layout, with values that cfgs/allowed.yaml does not allow, or
+        all off (UserError): a dataset's meta.json may hold one."""
+        for name, factor in config.items():
+            if name not in FACTORS:
+                raise UserError(f'scenery.{name} is unknown: take one of {", ".join(FACTORS)}.')
+            if not isinstance(factor, Mapping):
+                raise UserError(f'scenery.{name}={factor} is no factor with ranges: the switch is '
+                                f'scenery.{name}.enabled=false.')
+            ranges = FACTORS[name][1]
+            for key in factor.keys() - {'enabled', *ranges}:
+                raise UserError(f'scenery.{name}.{key} is unknown: take one of enabled, '
+                                f'{", ".join(ranges)}.')
+            for key in ranges if factor.get('enabled') else ():
+                if key not in factor:
+                    raise UserError(f'scenery.{name}.{key} is missing: set '
+                                    f'scenery.{name}.{key}=[low,high].')
+        utils.check_settings({'scenery': config}, 'generate_expert_video')
         self.names = [name for name in FACTORS if name in config and config[name].get('enabled')]
         self.ranges = {(name, key): tuple(config[name][key]) for name in self.names
                        for key in FACTORS[name][1]}

@@ -19,6 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from utils import UserError
+
 NUM_LEVELS = 4  # each halves the image
 MOVED = 12  # of 255: a pixel that differs by more from its clip's first frame is foreground
 
@@ -305,8 +307,16 @@ class ContextTranslator(nn.Module):
           z_dim, hidden: of the features, and of the layer before them and in T; the paper has 1024.
           kernel: of the convolutions; the paper has 5. 4 covers all pixels evenly at stride 2.
           code_dim: numbers in the pose code, which takes `action_dim`; None is the paper's model.
+
+        Raises: UserError for sizes that do not fit: im_size is the videos'.
         """
         super().__init__()
+        if im_size < 16 or im_size % 2 ** NUM_LEVELS:
+            raise UserError(f'im_size={im_size} cannot be halved {NUM_LEVELS} times: film with a '
+                            f'multiple of {2 ** NUM_LEVELS}, such as im_size=64.')
+        if len(channels) != NUM_LEVELS:
+            raise UserError(f'channels={list(channels)} are not {NUM_LEVELS}, one for each level: '
+                            'set channels=[32,64,128,256].')
         self.im_size, self.z_dim = im_size, z_dim
         sizes = (im_size, list(channels), kernel, hidden, z_dim)
         self.enc1, self.enc2, self.dec = Encoder(*sizes), Encoder(*sizes), Decoder(*sizes)

@@ -166,6 +166,10 @@ class DrQV2Agent:
           precision: 'fp32', or 'bf16' for what is multiplied; sums and parameters stay in fp32.
         """
         self.device = torch.device(device or torch.get_default_device())
+        if update_every_steps < 1:
+            raise utils.UserError(f'agent.update_every_steps={update_every_steps} is below 1: set '
+                                  'agent.update_every_steps=1 or more.')
+        utils.schedule(stddev_schedule, 0)  # a wrong one is told here, not at the first step
         self.critic_target_tau, self.update_every_steps = critic_target_tau, update_every_steps
         self.num_expl_steps = num_expl_steps
         self.stddev_schedule, self.stddev_clip = stddev_schedule, stddev_clip

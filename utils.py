@@ -579,7 +579,11 @@ PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 def set_precision(name: str):
     """Set how this process multiplies fp32 matrices: 'fp32' exactly; 'bf16' with factors rounded to
     bf16 (to TF32 on CUDA) and sums in fp32.
+
+    Raises: UserError for another name.
     """
+    if name not in PRECISIONS:  # a snapshot may say anything
+        raise UserError(f'precision={name} is neither bf16 nor fp32: set precision=fp32.')
     fast = name == 'bf16'
     torch.backends.mkldnn.matmul.fp32_precision = 'bf16' if fast else 'ieee'
     torch.backends.cuda.matmul.fp32_precision = 'tf32' if fast else 'ieee'

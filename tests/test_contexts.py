@@ -243,9 +243,20 @@ def test_contexts_are_seen_in_the_pixels_and_gone_without():
     assert np.array_equal(camera.render(), plain)
 
 
-def test_a_scenery_that_is_all_off_is_refused():
-    with pytest.raises(UserError, match='every factor of scenery is off'):
-        contexts.Scenery(only())
+@pytest.mark.parametrize('change, sentence', [
+    ({'walls': {'enabled': True}}, 'scenery.walls is unknown: take one of body'),
+    ({'body': {'enabled': True, 'hue': [0, 1]}}, 'scenery.body.hue is unknown'),
+    ({'body': False}, 'the switch is scenery.body.enabled=false'),
+    ({'light': {'enabled': True, 'tint': [0, 0.1], 'tilt': [0, 9]}}, 'scenery.light.brightness'),
+    ({'sky': {'enabled': True, 'saturation': [0, 1.5], 'value': [0, 1]}}, r'within \[0, 1\]'),
+    ({'sky': {'enabled': True, 'saturation': [0.5, 0.1], 'value': [0, 1]}}, 'sky.saturation'),
+    ({'sky': {'enabled': True, 'saturation': 0.5, 'value': [0, 1]}}, 'sky.saturation=0.5'),
+    ({'distractors': {**SCENERY['distractors'], 'count': [2, 9]}}, r'count=\[2, 9\]'),
+    (only(), 'every factor of scenery is off'),
+])
+def test_bad_scenery_is_told_in_a_sentence(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        contexts.Scenery(OmegaConf.create({**SCENERY, **change}))
 
 
 def test_a_context_of_another_layout_is_refused():

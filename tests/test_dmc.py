@@ -131,6 +131,8 @@ def test_names():
     assert dmc.split_name('point_mass_easy') == ('point_mass', 'easy')
     with pytest.raises(UserError, match='no task'):
         dmc.split_name('reacher_harder')
+    with pytest.raises(UserError, match='sounds'):
+        dmc.make('reacher_hard', obs='sounds')
 
 
 def test_no_working_gl_is_told_in_a_sentence(monkeypatch):
