@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of features, targets, time left and actions, without the batch's axes."""
+        """The shapes of features, targets, time left and actions, without the batch's axes."""
         return ((self.num_frames, self.feature_dim), (len(self.lookahead), self.feature_dim), (1,),
                 (self.num_actions, self.action_dim))
 
@@ -69,14 +69,14 @@ class Layout(NamedTuple):
         return moments(episodes, i, steps, range(0, -self.num_frames, -1))
 
     def targets(self, demos: torch.Tensor, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Return those of demonstrations (N, T+1, D), number i (B,), seen from steps (B,):
-        (B, L, D)."""
+        """Return the targets (B, L, D) that demonstrations number i (B,) of (N, T+1, D) show, seen
+        from steps (B,)."""
         return moments(demos, i, steps, self.lookahead)
 
 
 def past_actions(actions: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, num: int
                  ) -> torch.Tensor:
-    """Return of actions (N, T, A), episodes number i (B,), the last `num` before steps (B,):
+    """Return the last `num` actions before steps (B,) in episodes number i (B,) of (N, T, A):
     (B, num, A), newest first; zeros before the start."""
     at = steps[:, None] - torch.arange(1, num + 1, device=steps.device)
     return actions[i[:, None], at.clamp(min=0)] * (at >= 0)[..., None]
@@ -196,7 +196,8 @@ class Demonstrations:
 
     @torch.no_grad()
     def features(self) -> torch.Tensor:
-        """Return those of all episodes, the mean over their contexts: float32 (N, T+1, D)."""
+        """Return the features of all episodes, the mean over their contexts: float32
+        (N, T+1, D)."""
         return torch.stack([self._features(self._encode(i)).mean(0).cpu()
                             for i in range(len(self))])
 
@@ -264,7 +265,7 @@ class Imitation(dmc.Wrapper):
     `reset` draws a demonstrated episode and one of the contexts in which it was filmed. The agent
     starts from the expert's initial state, in that context. The episode's videos in the other
     contexts are translated into it, given the agent's first image. `start_seed` is the seed of the
-    task's own reset. Of one's own videos neither is known: the agent starts where it looks most
+    task's own reset. With one's own videos neither is known: the agent starts where it looks most
     like the demonstration (`find_starts`), in any context of the split's kind.
 
     Observation: see `Layout`. Reward: see `Reward`; w_img times the mean squared difference of
@@ -401,14 +402,6 @@ def episode_scores(imitator: np.ndarray, expert: np.ndarray, random: np.ndarray)
     """
     span = float(np.mean(expert - random))
     return 1 - (expert - imitator) / (span or float('nan'))
-
-
-def film(panels: list[dict[str, np.ndarray]], own: float, expert: float | None = None
-         ) -> np.ndarray:
-    """Return an episode's clip, uint8 (T, H, W, 3), of what `panels` gave at each step. Its
-    returns end the last caption, and its last frame stands still for ten more."""
-    note = f': {own:.0f}' + ('' if expert is None else f' of {expert:.0f}')
-    return video.panels_side_by_side([*panels, *[panels[-1]] * 10], note)
 
 
 def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_actions: int,
@@ -771,8 +764,7 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         agent = utils.rebuild(ACAgent, args, made['agent'])
         recipe, repeat, translator_sha256, scale, w_img = (made_by[key] for key in (
             'recipe', 'action_repeat', 'translator_sha256', 'scale', 'w_img'))
-        # Snapshots from before the agent saw its actions have no number of them.
-        layout = [args['num_frames'], args['lookahead'], args.get('num_actions', 0)]
+        layout = [args[key] for key in ('num_frames', 'lookahead', 'num_actions')]
         reward = Reward(args['reward_scale'], args['time_power'], args['w_feature'])
     if 'oracle' in made_by:  # see benchmarks/oracles.py
         raise UserError(f'{path} was trained by an oracle, which sees what an imitator never has: '

@@ -26,7 +26,6 @@ from ac_agent import (
     Reward,
     encode_play,
     episode_scores,
-    film,
     load_translator,
     make_env,
 )
@@ -108,7 +107,7 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
     for episode in range(num_videos):
         panels = [workspace.eval_env.panels(64) for _ in workspace.play(episode)]
         info = workspace.eval_env.episode_info
-        films.append(film(panels, info['task_return'], info.get('expert_return')))
+        films.append(video.episode_clip(panels, info['task_return'], info.get('expert_return')))
     path = workspace.work_dir / 'demo.mp4'
     video.save(path, np.concatenate(films))
     columns = [name for name in ('task_return', 'expert_return', 'random_return') if name in result]

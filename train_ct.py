@@ -229,6 +229,20 @@ class Evaluator:
         return video.side_by_side(clips, ['source', 'prediction', 'truth'])
 
 
+def pose_vectors(qpos: np.ndarray, joints: list[str], scale: np.ndarray | float = 1.0,
+                 times: np.ndarray | int = 1) -> np.ndarray:
+    """Return poses (..., nq) as vectors (..., n) that are near where poses are: sine and cosine of
+    `times` the angles, and lengths in units of `scale`, (nq,).
+
+    Args:
+      joints: what each number of a pose is, see `dmc.SuiteEpisodes.joints`.
+    """
+    kinds = np.array(joints)
+    angles = qpos[..., kinds == 'hinge'] * times
+    lengths = (qpos / scale)[..., np.isin(kinds, ('slide', 'other'))]
+    return np.concatenate([np.sin(angles), np.cos(angles), lengths], axis=-1)
+
+
 class PoseProbe:
     """Measures how well features tell the physical pose, with held-out videos: evaluation only.
 
@@ -260,11 +274,8 @@ class PoseProbe:
         self._lengths = [k for k, joint in enumerate(self._joints) if joint in ('slide', 'other')]
 
     def _vectors(self, qpos: np.ndarray, times: np.ndarray | int) -> np.ndarray:
-        """Return qpos (..., nq) as vectors (..., n): sine and cosine of `times` the angles; lengths
-        in standard deviations."""
-        angles = qpos[..., self._angles] * times
-        lengths = (qpos / self._scale)[..., self._lengths]
-        return np.concatenate([np.sin(angles), np.cos(angles), lengths], axis=-1)
+        """Return `pose_vectors` of qpos (..., nq), lengths in standard deviations."""
+        return pose_vectors(qpos, self._joints, self._scale, times)
 
     def _errors(self, vectors: np.ndarray, qpos: np.ndarray, times: np.ndarray | int
                 ) -> np.ndarray:

@@ -8,8 +8,8 @@ A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder 
                             every context; frame t is what is seen before action t
         episode_00012.json  episode_seed, contexts, qpos (the pose in each frame, for evaluation
                             only); an expert's has rewards and expert_return, play's has
-                            actions; frames_crc32, the checksum of the .npy. Of one's own videos
-                            nothing is known but their `files` and these files' `fps`
+                            actions; frames_crc32, the checksum of the .npy. One's own videos
+                            have only `files`, their names, and `fps`, their rates
         preview_00000.mp4   the first episodes, all contexts side by side: to look at
 
 Each json ends with the checksum of its own text. An episode is there once its json is: the frames
@@ -128,7 +128,7 @@ def mse(image: np.ndarray, other: np.ndarray) -> float:
 
 
 def psnr(error: float) -> float:
-    """Return a mean squared error of pixels in [0, 1] in dB, at most 100; nan stays nan."""
+    """Convert a mean squared error of pixels in [0, 1] to dB, at most 100; nan stays nan."""
     return float(-10 * np.log10(max(error, 1e-10)))
 
 
@@ -175,6 +175,14 @@ def panels_side_by_side(frames: Sequence[dict[str, np.ndarray]], note: str = '')
     clips = [np.stack([panels[label] for panels in frames]) for label in frames[0]]
     *labels, last = frames[0]
     return side_by_side(clips, [*labels, last + note])
+
+
+def episode_clip(panels: Sequence[dict[str, np.ndarray]], own: float,
+                 expert: float | None = None) -> np.ndarray:
+    """Return an episode's clip, uint8 (T, H, W, 3), of what `env.panels` gave at each step. Its
+    returns end the last caption, and its last frame stands still for ten more."""
+    note = f': {own:.0f}' + ('' if expert is None else f' of {expert:.0f}')
+    return panels_side_by_side([*panels, *[panels[-1]] * 10], note)
 
 
 def frames_path(root: str | Path, i: int) -> Path:

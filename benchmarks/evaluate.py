@@ -11,6 +11,7 @@ from states that others from pixels replaced; over 20 episodes or more, it write
 and demo/expert/<task>.gif as well.
 """
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -28,9 +29,9 @@ import dmc  # first: it chooses the OpenGL backend
 # isort: split
 import utils
 import video
-from ac_agent import SUCCESS, episode_scores, film, load_imitator
+from ac_agent import SUCCESS, episode_scores, load_imitator
 from contexts import Scenery
-from generate_expert_video import load_expert
+from generate_expert_video import frame_rate, load_expert
 from train import EVAL
 
 # Returns over 20 episodes of 1000 frames that a shipped expert should reach.
@@ -110,10 +111,10 @@ def evaluate(path: Path, num_episodes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def film_episode(player: Player, seed: int, episode: int, result: dict, every: int) -> np.ndarray:
-    """Return a clip of every so many frames of the episode, see `ac_agent.film`."""
+    """Return a clip of every so many frames of the episode, see `video.episode_clip`."""
     panels = [player.env.panels(video.PANEL)
               for step, _ in enumerate(player.play(seed, episode)) if step % every == 0]
-    return film(panels, result['return'], result.get('expert_return'))
+    return video.episode_clip(panels, result['return'], result.get('expert_return'))
 
 
 def spread(values: np.ndarray, num: int) -> list[int]:
@@ -169,8 +170,7 @@ def judge(path: Path, args: argparse.Namespace) -> str:
     if not args.show:
         return text
     made_by = made['made_by']
-    fps = 1 / (player.env.control_timestep()
-               * made_by.get('env_args', made_by)['action_repeat'])
+    fps = frame_rate(player.env, made_by.get('env_args', made_by))
     target = args.out or path.with_suffix('.mp4')
     every = math.ceil(max(result['steps'] for result in results)
                       / MOST_FRAMES[target.suffix])
@@ -184,15 +184,11 @@ def judge(path: Path, args: argparse.Namespace) -> str:
 
 def preview(path: Path, num_images: int = 50, im_size: int = 128) -> np.ndarray:
     """The start of the first episode, every fourth frame: uint8 (num_images, H, W, 3)."""
-    agent, env_args = load_expert(path, path.stem)
-    env, frames = dmc.make(path.stem, **env_args), []
-    time_step = env.reset(episode_seed=utils.derive_seed(SEED, EVAL, 0))
+    _, env_args = load_expert(path, path.stem)
+    player, _ = open_expert(path, path.stem)
     every = max(1, 4 // env_args['action_repeat'])
-    for step in range(num_images * every):
-        if step % every == 0:
-            frames.append(env.render(im_size))
-        time_step = env.step(agent.act(time_step.observation, 0, eval_mode=True))
-    return np.stack(frames)
+    steps = itertools.islice(player.play(SEED, 0), 0, num_images * every, every)
+    return np.stack([player.env.render(im_size) for _ in steps])
 
 
 def published(task: str) -> np.ndarray:
@@ -250,8 +246,8 @@ def write_table(num_episodes: int):
             'deterministic policy. "bar" is what it should reach; "frames" is how far the run had '
             'come, whether or not it was to go on. DrQ-v2 learns from pixels, with '
             'action_repeat=2: its figures are means over the seeds of its published curves, at the '
-            'same number of frames and at their end. Of snapshots from before machine and command '
-            'were kept, the first is blank and the second put together from task, obs and seed. '
+            'same number of frames and at their end. Where machine and command were not kept yet, '
+            'the first is blank and the second put together from task, obs and seed. '
             '"sha256" is the first 16 digits of the file\'s. Where a task has two, the expert from '
             'pixels is `experts/<task>.pt`, and the one from states that it replaced is in '
             '`experts/states/`.\n\n'

@@ -22,6 +22,7 @@ import train_ac
 import utils
 from ac_agent import ACAgent, Demonstrations, Imitation, Translation
 from train import Workspace
+from train_ct import pose_vectors
 
 
 class TaskReward(dmc.Wrapper):
@@ -45,8 +46,8 @@ class RewardedImitation(Imitation):
 
 
 class RewardedAgent(ACAgent):
-    """An imitator whose critic learns from the replayed reward, also without targets. Of other
-    targets the task's reward is not known, so none are relabelled."""
+    """An imitator whose critic learns from the replayed reward, also without targets. None are
+    relabelled: the task's reward does not follow from targets."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -69,16 +70,13 @@ class PoseDemonstrations(Demonstrations):
 
     def __init__(self, model, clips, scale=None):
         super().__init__(model, clips, ([0.0], 1.0))
-        joints = np.array(clips.meta['joints'])
-        self._angles, self._lengths = joints == 'hinge', np.isin(joints, ('slide', 'other'))
         poses = self._vectors(np.array([clips.episode(i)['qpos'] for i in range(len(clips))]))
         flat = poses.reshape(-1, poses.shape[-1])
         self.scale = scale or (flat.mean(0).tolist(), (flat.std(0) + 1e-6).tolist())
         self.feature_dim, self._poses = flat.shape[1], self._normalised(poses)
 
     def _vectors(self, qpos: np.ndarray) -> np.ndarray:
-        angles = qpos[..., self._angles]
-        return np.concatenate([np.sin(angles), np.cos(angles), qpos[..., self._lengths]], axis=-1)
+        return pose_vectors(qpos, self.clips.meta['joints'])
 
     def _normalised(self, vectors: np.ndarray) -> torch.Tensor:
         mean, std = map(np.array, self.scale)

@@ -83,7 +83,7 @@ class Run(NamedTuple):
 
     @property
     def scores(self) -> np.ndarray:
-        """Of each episode of the last evaluation."""
+        """The score of each episode of the last evaluation."""
         return scores_of(self.episodes)
 
     @property
