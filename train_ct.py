@@ -585,7 +585,7 @@ class Run:
                 scores = evaluate()
             self.logger.log_metrics({**scores, **self.evaluator.baselines}, self.step, 'eval')
             self.logger.dump(self.step, 'eval')
-            if scores['trans'] <= self.best:  # of a translator with its code it is the same
+            if scores['trans'] <= self.best:  # equal after the code, which changes no picture
                 self.best, self.scores = scores['trans'], scores
                 self.save(self.best_path)
         if snapshot_now:
@@ -603,11 +603,13 @@ class Run:
 
 
 def train(cfg, work_dir: Path):
-    """Train the translator, then the code; on Ctrl-C and SIGTERM end after the step, and the
-    evaluation where one is due, with a snapshot, but if it encodes or evaluates already at once and
-    without one.
+    """Train the translator, then the code.
 
-    Raises: utils.Interrupted in these cases; UserError, see `Run`.
+    Ctrl-C and SIGTERM end the run after the current step, and its evaluation where one is due, with
+    a snapshot. While it encodes videos or evaluates they end it at once, and the next start goes on
+    from the last snapshot.
+
+    Raises: utils.Interrupted then; UserError, see `Run`.
     """
     run = Run(cfg, work_dir)
     with run.stop:
