@@ -231,7 +231,7 @@ class Evaluator:
 
 def pose_vectors(qpos: np.ndarray, joints: list[str], scale: np.ndarray | float = 1.0,
                  times: np.ndarray | int = 1) -> np.ndarray:
-    """Return poses (..., nq) as vectors (..., n) that are near where poses are: sine and cosine of
+    """Return poses (..., nq) as vectors (..., n) that are close when poses are: sine and cosine of
     `times` the angles, and lengths in units of `scale`, (nq,).
 
     Args:

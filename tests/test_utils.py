@@ -334,21 +334,15 @@ def test_device():
         utils.pick_device('tpu')
 
 
-@pytest.mark.parametrize('overrides, words', [
-    (['task=reacher_hrad'], ['reacher_hrad', 'reacher_hard']),
-    (['task=reacher_hard', 'num_train_frames=0'], ['num_train_frames=0']),
-    (['task=reacher_hard', 'num_train_frames=many'], ['num_train_frames=many', 'set num']),
-    (['task=reacher_hard', 'seed=1.5'], ['seed=1.5', 'whole']),
-    (['task=reacher_hard', 'obs=sounds'], ['obs=sounds', 'states']),
-])
-def test_scripts_end_with_one_sentence_and_code_2(tmp_path, overrides, words):
-    run = subprocess.run([sys.executable, ROOT / 'train.py', *overrides,
+def test_scripts_end_with_one_sentence_and_code_2(tmp_path):
+    """Other bad input, without a process for each: tests/test_cfgs.py."""
+    run = subprocess.run([sys.executable, ROOT / 'train.py', 'task=reacher_hrad',
                           f'hydra.run.dir={tmp_path}/run'], capture_output=True, text=True,
                          cwd=tmp_path, check=False)
     assert run.returncode == 2 and not list(tmp_path.iterdir())
     assert 'Traceback' not in run.stderr
     [line] = [line for line in run.stderr.splitlines() if line.startswith('error:')]
-    assert all(word in line for word in words)
+    assert 'reacher_hrad' in line and 'reacher_hard' in line
 
 
 @pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])
