@@ -56,8 +56,8 @@ import contexts  # noqa: E402  it imports mujoco
 # (finger).
 SHADOW_SIZE = 512
 MAX_EPISODE_STEPS = 1000  # the suite's lqr tasks would go on for ever
-# Facets of curved shapes, around and along. The suite's (28, 16) cost half as much again for a difference
-# of 0.01 to 0.05/255. Where scenery varies, edges may be coarser still.
+# Facets of curved shapes, around and along. The suite's (28, 16) cost half as much again for a
+# difference of 0.01 to 0.05/255. Where scenery varies, edges may be coarser still.
 FACETS, CONTEXT_FACETS = (28, 8), (14, 7)
 # What pictures depend on beside MuJoCo's version: written into all that is learned from them.
 QUALITY, CONTEXT_QUALITY = [SHADOW_SIZE, *FACETS], [SHADOW_SIZE, *CONTEXT_FACETS]
