@@ -3,8 +3,8 @@
 Writes a split as a dataset of LeRobot's format v3.0, by means of LeRobot itself. It needs an
 environment of its own, since LeRobot 0.4.4 does not take the PyTorch that is pinned here:
 
-    python3.11 -m venv lerobot
-    lerobot/bin/pip install lerobot==0.4.4 hydra-core==1.3.8
+    python3.11 -m venv ~/lerobot
+    ~/lerobot/bin/pip install lerobot==0.4.4 hydra-core==1.3.8
 
 Each context is a camera, `observation.images.context_<k>`; every episode has contexts of its own.
 Play has `action`, and lacks its last frame, which no action follows. Demonstrations have all frames
@@ -95,12 +95,14 @@ def export(clips: video.Clips, out: Path, dataset_class, fps: int, images: bool 
     try:
         dataset = dataset_class.create(repo_id=f'local/{out.name}', root=tmp, fps=fps,
                                        features=features(clips, images))
-        for i in range(len(clips)):
-            for frame in frames(clips, i):
-                dataset.add_frame(frame)
-            dataset.save_episode(parallel_encoding=False)  # else new processes for each episode
-            progress.show(i + 1)
-        dataset.finalize()
+        try:
+            for i in range(len(clips)):
+                for frame in frames(clips, i):
+                    dataset.add_frame(frame)
+                dataset.save_episode(parallel_encoding=False)  # else a process for each camera
+                progress.show(i + 1)
+        finally:
+            dataset.finalize()  # else a broken-off one writes its tables when it is collected
         os.rename(tmp, out)
     finally:
         progress.close()
@@ -121,6 +123,9 @@ def main():
     if args.out.exists():
         raise UserError(f'{args.out} exists: remove it, or name another folder.')
     clips = video.Clips(args.videos)
+    if clips.meta['im_size'] < 32 and not args.images:
+        raise UserError(f"{args.videos} holds images of {clips.meta['im_size']} pixels, and the "
+                        'video encoder takes 32 or more: add --images.')
     fps = args.fps or frame_rate(args.videos)
     try:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset

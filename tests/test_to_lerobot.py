@@ -14,17 +14,17 @@ SIZE = 64
 ACTIONS = [[0.1, -1], [0.2, -2], [0.3, -3], [0.4, -4]]
 
 
-def make_split(root, fps=25, **info):
+def make_split(root, fps=25, size=SIZE, **info):
     """Two episodes of 4 steps in 2 contexts: grey, 100 i + 20 t + c in frame t of context c."""
     video.write_json(root / 'meta.json', {
-        'format': utils.FORMAT, 'task': 'reacher_hard', 'im_size': SIZE, 'episode_len': 4,
+        'format': utils.FORMAT, 'task': 'reacher_hard', 'im_size': size, 'episode_len': 4,
         'num_contexts': 2, 'num_episodes': 2})
     level = (20 * np.arange(5) + np.arange(2)[:, None])[..., None, None, None]
     for i in range(2):
-        frames = np.zeros((2, 5, SIZE, SIZE, 3), np.uint8) + (100 * i + level).astype(np.uint8)
+        frames = np.zeros((2, 5, size, size, 3), np.uint8) + (100 * i + level).astype(np.uint8)
         video.write_episode(root, i, frames,
                             {'qpos': [[9.0]] * 5, 'contexts': [[8.0]] * 2, **info})
-    video.save(root / 'preview_00000.mp4', np.zeros((5, SIZE, SIZE, 3), np.uint8), fps)
+    video.save(root / 'preview_00000.mp4', np.zeros((5, size, size, 3), np.uint8), fps)
     return root
 
 
@@ -35,6 +35,7 @@ class FakeDataset:
     def create(cls, root, **settings):
         self = cls.last = cls()
         self.settings, self.root, self.episodes, self.frames = settings, root, [], []
+        self.finalized = False
         root.mkdir()
         return self
 
@@ -46,7 +47,8 @@ class FakeDataset:
         self.frames = []
 
     def finalize(self):
-        (self.root / 'whole').touch()
+        self.finalized = True
+        (self.root / 'whole').touch()  # LeRobot's writes its tables, else once it is collected
 
 
 def exported(root, out, **options):
@@ -99,8 +101,15 @@ def test_a_split_that_turns_out_damaged_leaves_nothing(tmp_path):
     (tmp_path / '.tmp-out').mkdir()  # of an export that was killed
     with pytest.raises(utils.UserError, match='episode_00001.npy is damaged'):
         to_lerobot.export(video.Clips(root), tmp_path / 'out', FakeDataset, fps=25)
-    assert len(FakeDataset.last.episodes) == 1
+    assert len(FakeDataset.last.episodes) == 1 and FakeDataset.last.finalized
     assert [path.name for path in tmp_path.iterdir()] == ['train']
+
+
+def test_an_image_too_small_for_a_video_is_refused(tmp_path, monkeypatch):
+    root = make_split(tmp_path / 'train', size=16)
+    monkeypatch.setattr(sys, 'argv', ['to_lerobot.py', str(root), str(tmp_path / 'out')])
+    with pytest.raises(utils.UserError, match='16 pixels, .*: add --images'):
+        to_lerobot.main()
 
 
 @pytest.mark.parametrize('fps, given, sentence', [
