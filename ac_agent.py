@@ -387,23 +387,6 @@ class Imitation(dmc.Wrapper):
                 'imitator, target context': self._frame}
 
 
-SUCCESS = 0.8  # the score at which an episode counts as coming within 80% of the expert's
-
-
-def episode_scores(imitator: np.ndarray, expert: np.ndarray, random: np.ndarray) -> np.ndarray:
-    """Return each episode's score, 1 - (expert - imitator) / mean(expert - random): 1 is the
-    expert's.
-
-    Their mean is (imitator - random) / (expert - random) of the mean returns. The denominator is a
-    mean over episodes because in some of them even a random policy gets what the expert gets; where
-    it is 0 there is no score, but nan.
-
-    Args: returns (N,) in the same episodes.
-    """
-    span = float(np.mean(expert - random))
-    return 1 - (expert - imitator) / (span or float('nan'))
-
-
 def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_actions: int,
              reward: Reward, w_img: float = 0.0, evaluate: bool = False) -> Imitation:
     """Return the `Imitation` of the demonstrations' task, with their scenery and action repeat.

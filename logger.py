@@ -20,11 +20,27 @@ import utils
 
 KINDS = ('train', 'eval')
 WIDTH = 100  # columns of a line on the console; what does not fit stands in the CSV
-SCORE = '0_score/imitator'  # 0 is a random policy's, 1 the expert's; TensorBoard sorts its tags
+SCORE = '0_score/imitator'  # TensorBoard sorts its tags
 # Ends of keys that are the same in each evaluation.
 CONSTANT = ('expert_return', 'random_return', 'psnr_translation', '_copy_first')
 FIRST = ('task_return', 'expert_return', 'random_return', 'episode_reward', 'psnr',
          'psnr_copy_first', 'agreement', 'rank', 'probe_gross')  # on the console
+
+SUCCESS = 0.8  # the score at which an episode counts as coming within 80% of the expert's
+
+
+def episode_scores(imitator: np.ndarray, expert: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Return each episode's score, 1 - (expert - imitator) / mean(expert - random): 0 is a random
+    policy's, 1 the expert's.
+
+    Their mean is (imitator - random) / (expert - random) of the mean returns. The denominator is a
+    mean over episodes because in some of them even a random policy gets what the expert gets; where
+    it is 0 there is no score, but nan.
+
+    Args: returns (N,) in the same episodes.
+    """
+    span = float(np.mean(expert - random))
+    return 1 - (expert - imitator) / (span or float('nan'))
 
 
 class Progress:
@@ -216,10 +232,11 @@ class _TensorBoard:
             self._told |= constant.keys()
             self._writer.add_text('constant in all evaluations', '| | |\n|---|---|\n' + '\n'.join(
                 f'| {key} | {value:.4g} |' for key, value in constant.items()), step)
-        if {'expert_return', 'random_return'} <= constant.keys() and 'task_return' in means:
-            low, high = constant['random_return'], constant['expert_return']
-            if high != low:
-                self._writer.add_scalar(SCORE, (means['task_return'] - low) / (high - low), step)
+        returns = ('task_return', 'expert_return', 'random_return')
+        if set(returns) <= means.keys() and ty == 'eval':
+            score = float(episode_scores(*(np.array(means[name]) for name in returns)))
+            if np.isfinite(score):
+                self._writer.add_scalar(SCORE, score, step)
         self._writer.flush()
 
     def write_film(self, step: int, film: np.ndarray):

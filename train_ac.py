@@ -20,15 +20,14 @@ import dmc
 import utils
 import video
 from ac_agent import (
-    SUCCESS,
     ACAgent,
     Demonstrations,
     Reward,
     encode_play,
-    episode_scores,
     load_translator,
     make_env,
 )
+from logger import SUCCESS, episode_scores
 from train import Workspace, check_settings
 from utils import UserError
 

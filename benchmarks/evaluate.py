@@ -29,9 +29,10 @@ import dmc  # first: it chooses the OpenGL backend
 # isort: split
 import utils
 import video
-from ac_agent import SUCCESS, episode_scores, load_imitator
+from ac_agent import load_imitator
 from contexts import Scenery
 from generate_expert_video import frame_rate, load_expert
+from logger import SUCCESS, episode_scores
 from train import EVAL
 
 # Returns over 20 episodes of 1000 frames that a shipped expert should reach.

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import utils
-from ac_agent import SUCCESS, episode_scores
+from logger import SUCCESS, episode_scores
 
 UNSAID = ('task', 'seed', 'use_tb', 'save_video', 'device')  # options that make no other row
 PAGE = """# Imitators
