@@ -268,8 +268,11 @@ class Imitation(dmc.Wrapper):
     task's own reset. With one's own videos neither is known: the agent starts where it looks most
     like the demonstration (`find_starts`), in any context of the split's kind.
 
-    Observation: see `Layout`. Reward: see `Reward`; w_img times the mean squared difference of
-      images, in units of their variance, is added to the distance of features.
+    Observation: see `Layout`. Targets are what comes after the demonstration's step t or, with
+      timing='nearest', after its moment most like the agent's last frames: then the demonstration
+      waits for an agent that is late.
+    Reward: see `Reward`; tracked is the step after that moment. w_img times the mean squared
+      difference of images, in units of their variance, is added to the distance of features.
     Horizon: the episode ends with the demonstration, at step T, with discount 0: there is no value
       to bootstrap from. The observation contains the time left, since the value depends on it
       (Pardo et al. 2018).
@@ -280,14 +283,14 @@ class Imitation(dmc.Wrapper):
     """
 
     def __init__(self, env, demos: Demonstrations, layout: Layout, reward: Reward, im_size: int,
-                 w_img: float = 0.0, evaluate: bool = False):
+                 w_img: float = 0.0, timing: str = 'clock', evaluate: bool = False):
         """
         Args:
           env: `dmc.load_suite(..., scenery)`, its actions repeated as the expert's were.
         """
         super().__init__(env)
         self._demos, self._layout, self._reward_of = demos, layout, reward
-        self._im_size, self._w_img = im_size, w_img
+        self._im_size, self._w_img, self._timing = im_size, w_img, timing
         self._evaluate, self._rng = evaluate, np.random.default_rng(0)
         self._image_var = demos.image_variance() if w_img else None
         self._horizon = demos.clips.frames(0).shape[1] - 1
@@ -313,7 +316,8 @@ class Imitation(dmc.Wrapper):
         self._features = deque(maxlen=self._layout.num_frames)
         self._features.extend([self._demos.encode(self._frame)] * self._layout.num_frames)
         self._actions = torch.zeros(self._layout.num_actions, *self.action_spec().shape)
-        self._step, self._source, self._ended = 0, clips[start.sources[0]], False
+        self._step, self._at = 0, 0
+        self._source, self._ended = clips[start.sources[0]], False
         if self._evaluate:
             self.episode_info = {'task_return': 0.0, 'random_return': random_return,
                                  'distance': 0.0}
@@ -356,23 +360,33 @@ class Imitation(dmc.Wrapper):
             self.episode_info['task_return'] += time_step.reward
             off = self._features[0] - self._translation.features[self._step]
             self.episode_info['distance'] += float(off.square().mean()) / self._horizon
-        reward, observation = self._reward(), self._observation()
+        reward = self._reward()  # for tracking what was seen before the action
+        self._at = self._step if self._timing == 'clock' else self._nearest()
+        observation = self._observation()
         if self._step == self._horizon or time_step.last():
             self._ended = True
             return dm_env.termination(reward, observation)
         return dm_env.transition(reward, observation)
 
+    def _nearest(self) -> int:
+        """Return the demonstration's step at which it is most like the agent's last frames."""
+        steps = torch.arange(self._horizon + 1)
+        shown = self._layout.history(self._translation.features[None], torch.zeros_like(steps),
+                                     steps)
+        return int((shown - torch.stack(list(self._features))).square().mean((1, 2)).argmin())
+
     def _reward(self) -> float:
-        target = self._translation.features[self._step]
+        at = min(self._at + 1, self._horizon)
+        target = self._translation.features[at]
         distance = self._reward_of.distance(self._features[0], target)
         if self._w_img:
             distance += (self._w_img / self._image_var
-                         * video.mse(self._frame, self._translation.images[self._step]))
+                         * video.mse(self._frame, self._translation.images[at]))
         return float(self._reward_of(distance, torch.tensor(self._step / self._horizon)))
 
     def _observation(self) -> np.ndarray:
         targets = self._layout.targets(self._translation.features[None], torch.tensor([0]),
-                                       torch.tensor([self._step]))[0]
+                                       torch.tensor([self._at]))[0]
         left = torch.tensor([1 - self._step / self._horizon])
         return self._layout.join(torch.stack(list(self._features)), targets, left, self._actions
                                  ).numpy()
@@ -388,18 +402,20 @@ class Imitation(dmc.Wrapper):
 
 
 def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_actions: int,
-             reward: Reward, w_img: float = 0.0, evaluate: bool = False) -> Imitation:
+             reward: Reward, w_img: float = 0.0, timing: str = 'clock', evaluate: bool = False
+             ) -> Imitation:
     """Return the `Imitation` of the demonstrations' task, with their scenery and action repeat.
 
     Args:
       num_frames, lookahead, num_actions: see `Layout`.
+      reward, w_img, timing, evaluate: see `Imitation`.
     """
     meta = demos.clips.meta
     env = dmc.ActionRepeat(dmc.load_suite(meta['task'], Scenery(meta['scenery'])),
                            meta['action_repeat'])
     layout = Layout(demos.feature_dim, num_frames, tuple(lookahead), num_actions,
                     env.action_spec().shape[0])
-    return Imitation(env, demos, layout, reward, meta['im_size'], w_img, evaluate)
+    return Imitation(env, demos, layout, reward, meta['im_size'], w_img, timing, evaluate)
 
 
 def seen_from_now(history: torch.Tensor) -> torch.Tensor:
@@ -747,6 +763,7 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         agent = utils.rebuild(ACAgent, args, made['agent'])
         recipe, repeat, translator_sha256, scale, w_img = (made_by[key] for key in (
             'recipe', 'action_repeat', 'translator_sha256', 'scale', 'w_img'))
+        timing = made_by.get('timing', 'clock')  # runs from before 'nearest' do not say it
         layout = [args[key] for key in ('num_frames', 'lookahead', 'num_actions')]
         reward = Reward(args['reward_scale'], args['time_power'], args['w_feature'])
     if 'oracle' in made_by:  # see benchmarks/oracles.py
@@ -763,4 +780,5 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         raise UserError(f"{videos} was filmed with action_repeat={meta['action_repeat']} in "
                         f"{meta['num_contexts']} contexts, and {path} takes action_repeat={repeat} "
                         'and two or more: choose another imitator, or film anew.')
-    return make_env(Demonstrations(model, clips, scale), *layout, reward, w_img, evaluate), agent
+    env = make_env(Demonstrations(model, clips, scale), *layout, reward, w_img, timing, evaluate)
+    return env, agent

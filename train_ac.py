@@ -203,7 +203,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
     agent = cfg.agent
     options = (agent.num_frames, agent.lookahead, agent.num_actions,
-               Reward(agent.reward_scale, agent.time_power, agent.w_feature), cfg.w_img)
+               Reward(agent.reward_scale, agent.time_power, agent.w_feature), cfg.w_img,
+               cfg.timing)
     train_env = make_env(demos, *options)
     eval_env = make_env(eval_demos, *options, evaluate=True)
     agent_args = dict(OmegaConf.to_container(agent, resolve=True),
@@ -218,7 +219,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
         return ACAgent(**args)
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot), 'recipe': cfg.recipe,
                'expert_sha256': splits['train'].meta['expert_sha256'], 'num_demos': len(demos),
-               'num_play': len(splits.get('play', ())), 'w_img': cfg.w_img, 'scale': demos.scale}
+               'num_play': len(splits.get('play', ())), 'w_img': cfg.w_img, 'timing': cfg.timing,
+               'scale': demos.scale}
     if splits['train'].imported:
         made_by['mp4_sha256'] = splits['train'].meta['mp4_sha256']
     return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, make_agent, agent_args,

@@ -213,10 +213,10 @@ class Ahead(FakeEnv):
 PAPER = Reward(None, 2.0)
 
 
-def make_imitation(length=4, evaluate=False, env=None, reward=PAPER, w_img=0.5, num_actions=0):
+def make_imitation(length=4, env=None, reward=PAPER, w_img=0.5, num_actions=0, **options):
     """-> the environment, and the demonstrations in it."""
     demos, layout = FakeDemos(length), Layout(2, 2, (1, 3), num_actions, 2)
-    return Imitation(env or FakeEnv(length=100), demos, layout, reward, 8, w_img, evaluate), demos
+    return Imitation(env or FakeEnv(length=100), demos, layout, reward, 8, w_img, **options), demos
 
 
 class ImitationContract(test_utils.EnvironmentTestMixin, parameterized.TestCase):
@@ -267,6 +267,23 @@ def test_observation_holds_frames_targets_ahead_and_time_left():
     obs = env.step(np.zeros(2)).observation
     np.testing.assert_allclose(obs, [2, 2, 1, 1, 3, 3, 4, 4, 0.5])  # the last target stays
     assert obs.dtype == np.float32
+
+
+class Stuck(FakeEnv):
+    """Nothing moves after the first step."""
+
+    def render(self, im_size):
+        return np.minimum(super().render(im_size), 1)
+
+
+@pytest.mark.parametrize('timing, targets, rewards', [
+    ('clock', [[1, 3], [2, 4], [3, 4], [4, 4]], [0, -1, -4, -9]),
+    ('nearest', [[1, 3], [2, 4], [2, 4], [2, 4]], [0, -1, -1, -1])])
+def test_a_demonstration_waits_for_an_agent_that_is_late(timing, targets, rewards):
+    env, _ = make_imitation(env=Stuck(length=100), reward=Reward(None), w_img=0.0, timing=timing)
+    seen = [env.reset(episode_seed=0)] + [env.step(np.zeros(2)) for _ in range(4)]
+    assert [step.observation[4:8:2].tolist() for step in seen[:4]] == targets
+    assert [step.reward for step in seen[1:]] == pytest.approx(rewards)
 
 
 def test_observation_holds_the_last_actions_of_this_episode():

@@ -48,7 +48,8 @@ def test_task_files_speak_of_drqv2_and_of_the_imitators_exceptions_alone(task):
     file = OmegaConf.load(CFGS / f'task/{task}.yaml')
     said = file.keys()
     assert said <= {'defaults', 'task_name', 'drqv2', 'imitator'}
-    assert file.get('imitator', {}).keys() <= {'lookahead', 'num_actions', 'max_shift', 'w_critic'}
+    assert file.get('imitator', {}).keys() <= {'lookahead', 'timing', 'num_actions', 'max_shift',
+                                               'w_critic'}
     assert ('task_name' in said) == (task in FILES)
 
 
@@ -65,7 +66,7 @@ def own_values(cfg):
         for key in ('drqv2', 'imitator'):
             part.pop(key, None)
         if values.get('recipe') == 'pose_code':
-            for key in ('lookahead', 'num_actions', 'max_shift', 'w_critic'):
+            for key in ('lookahead', 'timing', 'num_actions', 'max_shift', 'w_critic'):
                 part.pop(key, None)
     return values
 
