@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import FakeDemos, FakeEnv
+from fakes import FakeClips, FakeDemos, FakeEnv
 from oracles import (
     PoseBesideFrame,
     PoseDemonstrations,
@@ -49,23 +49,15 @@ def test_the_reward_takes_a_critic(w_critic, words):
     assert checked == [cfg]
 
 
-class FakeClips:
-    """Three poses of an arm on a cart that has travelled; frames are black."""
-
-    meta = {'joints': ['travel', 'slide', 'hinge']}
-    poses = [[9.0, 1.0, 0.0], [5.0, 2.0, np.pi / 2], [7.0, 6.0, np.pi]]
-
-    def __len__(self):
-        return 1
-
-    def episode(self, i):
-        return {'qpos': self.poses}
+POSES = [[9.0, 1.0, 0.0], [5.0, 2.0, np.pi / 2], [7.0, 6.0, np.pi]]
 
 
 @pytest.fixture
 def demos():
+    """Three poses of an arm on a cart that has travelled."""
+    clips = FakeClips([None], [{'qpos': POSES}], joints=['travel', 'slide', 'hinge'])
     model = SimpleNamespace(feature_dim=9, code=True, parameters=lambda: iter([torch.zeros(1)]))
-    return PoseDemonstrations(model, FakeClips())
+    return PoseDemonstrations(model, clips)
 
 
 def test_features_are_the_pose_without_travel(demos):
@@ -78,6 +70,6 @@ def test_features_are_the_pose_without_travel(demos):
 
 def test_a_rendered_frame_is_encoded_as_its_pose(demos):
     env = SimpleNamespace(render=lambda im_size: np.zeros((im_size, im_size, 3), np.uint8),
-                          qpos=lambda: np.array(FakeClips.poses[2]))
+                          qpos=lambda: np.array(POSES[2]))
     frame = PoseBesideFrame(env, demos).render(8)
     torch.testing.assert_close(demos.encode(frame), demos.features()[0, 2])
