@@ -70,11 +70,11 @@ def config(data, *overrides, recipe='liu2017'):
         overrides = ['code.num_steps=7', 'code.batch_size=8', 'code.window=5', 'model.code_dim=3',
                      *overrides]
     return settings(
-        'train_ct', f'recipe={recipe}', 'task_name=fake_walk', 'device=cpu', 'use_tb=false',
-        'precision=fp32', 'batch_size=3', 'frames_per_clip=4', 'num_train_steps=12', 'log_every=2',
-        'eval_every=4', 'snapshot_every=3', 'num_eval_videos=1', 'lr=1e-3',
-        'model.channels=[4,6,8,10]', 'model.z_dim=5', 'model.hidden=12', *overrides,
-        data_dir=str(data))
+        'train_ct', f'recipe={recipe}', 'task_name=fake_walk', f'data_dir={data}', 'device=cpu',
+        'use_tb=false', 'precision=fp32', 'batch_size=3', 'frames_per_clip=4',
+        'num_train_steps=12', 'log_every=2', 'eval_every=4', 'snapshot_every=3',
+        'num_eval_videos=1', 'lr=1e-3', 'model.channels=[4,6,8,10]', 'model.z_dim=5',
+        'model.hidden=12', *overrides)
 
 
 def sampler(data, pairs='same_episode', **changes):
@@ -308,9 +308,8 @@ def test_no_training_reads_the_pose(data, tmp_path, linear_probe):
         assert one['scores']['rank'] != other['scores']['rank']
 
 
-def test_what_a_run_with_a_code_leaves(data, tmp_path, unmeasured):
-    cfg = config(data, recipe='pose_code')
-    train(cfg, tmp_path)
+def test_what_a_run_with_a_code_leaves(data, whole, tmp_path):
+    shutil.copytree(whole(recipe='pose_code'), tmp_path, dirs_exist_ok=True)
     scores = rows(tmp_path / 'eval.csv')
     assert [int(row['step']) for row in scores] == [4, 8, 12, 19]
     assert float(scores[-1]['rank']) == 0.5
@@ -332,7 +331,7 @@ def test_what_a_run_with_a_code_leaves(data, tmp_path, unmeasured):
     model.only_answer(torch.device('cpu'), torch.bfloat16)
     assert model.code(model.encode(frames)).shape == (3, LENGTH + 1, 3)
 
-    train(cfg, tmp_path)  # nothing is left to do
+    train(config(data, recipe='pose_code'), tmp_path)  # nothing is left to do
     assert rows(tmp_path / 'eval.csv') == scores
 
 
