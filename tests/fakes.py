@@ -263,6 +263,16 @@ class FakeClips:
         return self._episodes[i]
 
 
+class Stored:
+    """A replay buffer that always gives the same batch; `ahead` are its observations by steps."""
+
+    def __init__(self, batch, ahead=None):
+        self.batch, self.ahead = batch, ahead
+
+    def sample(self, batch_size, ahead=()):
+        return [part.clone() for part in [*self.batch, *(self.ahead[step] for step in ahead)]]
+
+
 class FakeDemos:
     """A fake of `ac_agent.Demonstrations`: three episodes in three contexts, frame t is t all over.
 

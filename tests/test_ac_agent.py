@@ -6,7 +6,7 @@ import pytest
 import torch
 from absl.testing import parameterized
 from dm_env import specs, test_utils
-from fakes import FakeClips, FakeDemos, FakeEnv, make_translator
+from fakes import FakeClips, FakeDemos, FakeEnv, Stored, make_translator
 
 import video
 from ac_agent import (
@@ -378,16 +378,6 @@ class Standing(FakeEnv):
 
 def imitate(env, reward=REWARD):
     return Imitation(env, FakeDemos(4), LAYOUT, reward, 8)
-
-
-class Stored:
-    """A replay buffer that always gives the same batch; `ahead` are its observations by steps."""
-
-    def __init__(self, batch, ahead=None):
-        self.batch, self.ahead = batch, ahead
-
-    def sample(self, batch_size, ahead=()):
-        return [part.clone() for part in [*self.batch, *(self.ahead[step] for step in ahead)]]
 
 
 def make_agent(relabel=0.0, hindsight=0.0, reward=REWARD, **changes):

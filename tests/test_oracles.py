@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import FakeClips, FakeDemos, FakeEnv
+from fakes import FakeClips, FakeDemos, FakeEnv, Stored
 from oracles import (
     PoseBesideFrame,
     PoseDemonstrations,
@@ -35,8 +35,8 @@ def test_without_targets_the_critic_learns_from_what_is_replayed():
     agent = RewardedAgent([3], 2, 2, 1, [], w_critic=1.0, w_clone=1.0, hidden_dim=8, relabel=0.4,
                           hindsight=0.4, feature_dim=None, demos=torch.zeros(1, 5, 2),
                           play=Play(torch.zeros(1, 5, 2), torch.zeros(1, 4, 2)))
-    batch = torch.zeros(4, 3), torch.zeros(4, 2), torch.full((4, 1), 7.0), torch.ones(4, 1)
-    replay = SimpleNamespace(sample=lambda batch_size, ahead: (*batch, batch[0]))
+    obs, rewards = torch.zeros(4, 3), torch.full((4, 1), 7.0)
+    replay = Stored([obs, torch.zeros(4, 2), rewards, torch.ones(4, 1), obs])
     assert (agent.draw(replay, 4)[2] == 7).all()
 
 
