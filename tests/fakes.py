@@ -83,15 +83,17 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def terminate_at_once(*_):
+def terminate_at_once():
     """Where the signal is to end the work that is going on."""
     terminate()
     raise AssertionError('the signal was held back')
 
 
 def watch(patch, owner, name: str, at: int = 0, event=None) -> list[tuple[tuple, dict]]:
-    """Return a list that takes the arguments of each call of `owner.name`; call number `at`, if
-    any, starts with `event`."""
+    """Return a list to which each call of `owner.name` adds its arguments, (args, kwargs).
+
+    Call number `at` starts with `event`, which may raise. `patch` is pytest's monkeypatch.
+    """
     calls, function = [], getattr(owner, name)
 
     def watched(*args, **kwargs):
@@ -115,24 +117,24 @@ def agent_of(work_dir: Path) -> dict:
     return utils.load_snapshot(work_dir / 'snapshot.pt', None)['agent']
 
 
-def leaves(tree, path: str = '') -> dict:
-    """Return the tensors and plain values of nested dicts and lists by their paths, 'actor.0.w'."""
+def leaves(tree, path: tuple = ()) -> dict:
+    """Return the tensors and plain values of nested dicts and lists by their paths."""
     if not isinstance(tree, (dict, list, tuple)) or not tree:
         return {path: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     return {key: leaf for name, part in items
-            for key, leaf in leaves(part, f'{path}.{name}' if path else str(name)).items()}
+            for key, leaf in leaves(part, (*path, name)).items()}
 
 
-def differences(one, other) -> list[str]:
+def differences(one, other) -> list[tuple]:
     """Return the paths at which two trees are not equal to the bit."""
     def equal(a, b) -> bool:
         if torch.is_tensor(a) and torch.is_tensor(b):
             return torch.equal(a, b)
         return a == b or a != a and b != b
     one, other, missing = leaves(one), leaves(other), object()
-    return sorted(path for path in one.keys() | other.keys()
-                  if not equal(one.get(path, missing), other.get(path, missing)))
+    return [path for path in one.keys() | other.keys()
+            if not equal(one.get(path, missing), other.get(path, missing))]
 
 
 # ------------------------------------------------------------------------------ artifacts
