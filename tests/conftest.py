@@ -1,21 +1,12 @@
 import signal
 
 import pytest
-from fakes import CFGS
-from omegaconf import OmegaConf
 
 import dmc  # noqa: F401  before anything that imports mujoco: it chooses the OpenGL backend
 import utils
 
 # A shell ignores SIGINT for what it starts in the background, and so would the scripts under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope='session')
-def scenery():
-    """The ranges that ship."""
-    cfg = OmegaConf.load(CFGS / 'generate_expert_video.yaml')
-    return OmegaConf.to_container(cfg.scenery)
 
 
 @pytest.fixture(autouse=True)

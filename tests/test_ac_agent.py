@@ -6,7 +6,7 @@ import pytest
 import torch
 from absl.testing import parameterized
 from dm_env import specs, test_utils
-from fakes import FakeDemos, FakeEnv
+from fakes import FakeClips, FakeDemos, FakeEnv, Stored, make_translator
 
 import video
 from ac_agent import (
@@ -87,25 +87,12 @@ def test_tracking_encoder_shows_motion_and_what_is_missing():
 SIZE = 16
 
 
-class NoiseClips:
-    """Videos of noise: two episodes of five frames, each in three contexts."""
-
-    def __init__(self):
-        self._frames = np.random.default_rng(0).integers(0, 256, (2, 3, 5, SIZE, SIZE, 3), np.uint8)
-
-    def __len__(self):
-        return len(self._frames)
-
-    def frames(self, i):
-        return self._frames[i]
+# Two episodes of five frames, each in three contexts.
+NOISE = np.random.default_rng(0).integers(0, 256, (2, 3, 5, SIZE, SIZE, 3), np.uint8)
 
 
 def make_model(code: bool):
-    torch.manual_seed(0)
-    model = ContextTranslator(im_size=SIZE, channels=[4, 4, 4, 4], z_dim=4, hidden=8,
-                              code_dim=3 if code else None, action_dim=2)
-    if code:
-        model.code.fit_scales(torch.randn(9, 2, 4, 4), torch.randn(9, 2, 4))
+    model, _ = make_translator(SIZE, code)
     return model.only_answer(torch.device('cpu'), torch.float32)
 
 
@@ -116,7 +103,7 @@ def model(request):
 
 @pytest.fixture
 def demos(model):
-    return Demonstrations(model, NoiseClips())
+    return Demonstrations(model, FakeClips(NOISE))
 
 
 def test_translation_is_the_mean_over_sources_in_the_agents_context(demos, model):
@@ -151,7 +138,7 @@ def test_images_are_decoded_only_when_asked_for(demos, monkeypatch):
 
 def test_features_have_zero_mean_and_unit_variance():
     """The paper's; a code is normalised by the translator."""
-    demos = Demonstrations(make_model(code=False), NoiseClips())
+    demos = Demonstrations(make_model(code=False), FakeClips(NOISE))
     z = torch.stack([demos.encode(frame) for i in range(2) for clip in demos.clips.frames(i)
                      for frame in clip])
     np.testing.assert_allclose(z.mean(0), 0, atol=1e-4)
@@ -167,12 +154,8 @@ def test_features_are_the_mean_over_contexts(demos):
 
 
 def test_a_given_scale_gives_the_same_features(demos, model):
-    class Others(NoiseClips):
-        def frames(self, i):
-            return super().frames(i) // 2
-
     frame = demos.clips.frames(0)[0, 0]
-    other = Demonstrations(model, Others(), demos.scale)
+    other = Demonstrations(model, FakeClips(NOISE // 2), demos.scale)
     assert torch.equal(other.encode(frame), demos.encode(frame))
 
 
@@ -184,14 +167,11 @@ def test_demonstrations_are_encoded_once(demos, monkeypatch):
 
 
 def test_image_variance_is_that_within_a_demonstration():
-    class Fading(NoiseClips):
-        def frames(self, i):  # what differs between pixels and contexts does not count
-            frames = np.zeros((2, 2, 4, 4, 3), np.uint8)
-            frames[:, 1] = 51
-            frames[:, :, :2] += 100
-            return frames + np.array([0, 50], np.uint8)[:, None, None, None, None]
-
-    demos = Demonstrations(make_model(code=True), Fading())
+    fading = np.zeros((2, 2, 2, 4, 4, 3), np.uint8)
+    fading[:, :, 1] = 51
+    fading[:, :, :, :2] += 100  # what differs between pixels and contexts does not count
+    fading[:, 1] += 50
+    demos = Demonstrations(make_model(code=True), FakeClips(fading))
     assert demos.image_variance() == pytest.approx(0.1 ** 2)  # 0 and 0.2, in turn
 
 
@@ -415,16 +395,6 @@ class Standing(FakeEnv):
 
 def imitate(env, reward=REWARD):
     return Imitation(env, FakeDemos(4), LAYOUT, reward, 8)
-
-
-class Stored:
-    """A replay buffer that always gives the same batch; `ahead` are its observations by steps."""
-
-    def __init__(self, batch, ahead=None):
-        self.batch, self.ahead = batch, ahead
-
-    def sample(self, batch_size, ahead=()):
-        return [part.clone() for part in [*self.batch, *(self.ahead[step] for step in ahead)]]
 
 
 def make_agent(relabel=0.0, hindsight=0.0, reward=REWARD, **changes):

@@ -1,10 +1,9 @@
 """Every script composes with every task, and task files stay a few lines."""
-import subprocess
 import sys
 
 import pytest
 import yaml
-from fakes import CFGS
+from fakes import CFGS, run, settings
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
@@ -30,8 +29,7 @@ def tasks():
 
 
 def cfg_of(script, *overrides):
-    with initialize_config_dir(str(CFGS), version_base='1.3'):
-        cfg = compose(script, list(overrides))
+    cfg = settings(script, *overrides)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     return cfg
 
@@ -170,20 +168,19 @@ def test_folders_of_runs_and_sweeps_resolve(script):
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_help_lists_tasks_and_options(script):
-    run = subprocess.run([sys.executable, CFGS.parent / f'{script}.py', '--help', 'seed=7'],
-                         capture_output=True, text=True, check=True)
-    lines = run.stdout.splitlines()
-    assert max(map(len, lines)) <= 100 and not run.stderr
+    code, out, error = run(script, '--help', 'seed=7')
+    lines = out.splitlines()
+    assert code == 0 and max(map(len, lines)) <= 100 and not error
     head = lines[:lines.index('')]
     assert len(head) == 4 and all(f'  python {script}.py ' in line for line in head[1:])
     assert any(line.split()[:1] == ['seed=7'] for line in lines)
-    options, tasks = (run.stdout.split(f'{part}:\n')[1].split('\n\n')[0]
+    options, tasks = (out.split(f'{part}:\n')[1].split('\n\n')[0]
                       for part in ('Options, with their values here', 'Tasks'))
     assert {'reacher_hard', 'fish_swim', 'cup_catch'} <= set(tasks.split())
     assert not TIERS.keys() & set(tasks.split())
     for line in options.splitlines():  # one a line: an option and what it is
         assert '=' in line.split()[0] and len(line.split()) > 1
-    said = {word.partition('=')[0] for word in run.stdout.split() if '=' in word}
+    said = {word.partition('=')[0] for word in out.split() if '=' in word}
     assert {key for key in utils.flat(OmegaConf.to_container(cfg_of(script)))
             if not key.startswith(('drqv2.', 'imitator.'))} <= said
 
@@ -350,9 +347,8 @@ def test_all_runs_of_a_sweep_are_checked_before_the_first(refusal):
     (['--cfg', 'job', '++lr=3e-4', 'hydra.verbose=true', 'hydra/job_logging=none'], 'lr: 0.0003'),
     (['--hydra-help'], '--multirun')])
 def test_hydras_own_flags_go_on_working(arguments, words):
-    run = subprocess.run([sys.executable, CFGS.parent / 'train.py', *arguments],
-                         capture_output=True, text=True, check=True)
-    assert words in run.stdout and not run.stderr
+    code, out, error = run('train', *arguments)
+    assert code == 0 and words in out and not error
 
 
 @pytest.mark.parametrize('task', ['fish_swim', 'point_mass_easy', 'ball_in_cup_catch'])

@@ -8,14 +8,12 @@ import mujoco
 import numpy as np
 import pytest
 from dm_control import suite
-from fakes import CFGS
+from fakes import SCENERY
 from omegaconf import OmegaConf
 
 import contexts
 from utils import UserError
 
-SCENERY = OmegaConf.to_container(
-    OmegaConf.load(CFGS / 'generate_expert_video.yaml').scenery)
 DOMAINS = sorted({domain for domain, _ in suite.ALL_TASKS})
 
 

@@ -2,7 +2,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import dm_env
 import numpy as np
@@ -11,15 +10,12 @@ import pytest
 from absl.testing import absltest, parameterized
 from dm_control import suite
 from dm_env import StepType, TimeStep, test_utils
+from fakes import ROOT, SCENERY, run, save_expert
 
 import contexts
 import dmc
-import utils
 import video
-from drqv2 import DrQV2Agent
 from utils import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 class Contract(test_utils.EnvironmentTestMixin, parameterized.TestCase):
@@ -109,8 +105,8 @@ def test_camera_shows_what_the_suite_shows(task, bound):
     assert np.array_equal(ours, env.render(84))  # also when another renderer was at work between
 
 
-def test_filming_in_contexts_leaves_physics_alone(scenery):
-    rng, scenery = np.random.default_rng(0), contexts.Scenery(scenery)
+def test_filming_in_contexts_leaves_physics_alone():
+    rng, scenery = np.random.default_rng(0), contexts.Scenery(SCENERY)
     looks = [scenery.sample(rng, 'seen') for _ in range(2)]
     env, plain = dmc.make('reacher_hard', obs='states', scenery=scenery), dmc.make(
         'reacher_hard', obs='states')
@@ -146,11 +142,9 @@ def test_no_working_gl_is_told_in_a_sentence(monkeypatch):
 
 @pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac', 'generate_expert_video'])
 def test_a_gl_that_does_not_work_ends_a_script_in_a_sentence(script):
-    run = subprocess.run([sys.executable, ROOT / f'{script}.py', '--help'], check=False,
-                         env={**os.environ, 'MUJOCO_GL': 'bad'}, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stdout == ''
-    assert run.stderr.startswith('error: MUJOCO_GL=bad does not work') and len(
-        run.stderr.splitlines()) == 1
+    code, out, error = run(script, '--help', env={**os.environ, 'MUJOCO_GL': 'bad'})
+    assert code == 2 and out == ''
+    assert error.startswith('error: MUJOCO_GL=bad does not work') and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize('choice', ['off', ''])
@@ -205,15 +199,11 @@ def own(tmp_path):
 
 
 def test_a_domain_of_ones_own_is_filmed_in_contexts_like_any(own):
-    agent_args = {'obs_shape': [4], 'action_dim': 2, 'hidden_dim': 16}
-    utils.save_snapshot(own / 'experts/dot_push.pt', 'expert', 'dot_push', {
-        'agent_args': agent_args, 'agent': DrQV2Agent(**agent_args).state_dict(),
-        'made_by': {'env_args': {'obs': 'states', 'action_repeat': 2}}})
-    run = subprocess.run(
-        [sys.executable, ROOT / 'generate_expert_video.py', 'task=dot_push', 'num_train=1',
-         'num_valid=1', 'num_play=1', 'num_play_valid=0', 'num_contexts=2', 'episode_len=5',
-         'im_size=32', 'num_workers=1'], cwd=own, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    save_expert(own / 'experts/dot_push.pt', 'dot_push', num_states=4)
+    code, _, error = run('generate_expert_video', 'task=dot_push', 'num_train=1', 'num_valid=1',
+                         'num_play=1', 'num_play_valid=0', 'num_contexts=2', 'episode_len=5',
+                         'im_size=32', 'num_workers=1', cwd=own)
+    assert code == 0, error
     clips = video.Clips(own / 'videos/dot_push/play', task='dot_push', im_size=32)
     assert clips.meta['joints'] == ['slide', 'slide']
     frames, episode = clips.frames(0), clips.episode(0)
@@ -225,9 +215,8 @@ def test_a_domain_of_ones_own_is_filmed_in_contexts_like_any(own):
 
 @pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])
 def test_each_script_takes_a_task_of_ones_own(own, script):
-    run = subprocess.run([sys.executable, ROOT / f'{script}.py', 'task=dot_push', '--cfg', 'job'],
-                         cwd=own, capture_output=True, text=True, check=True)
-    assert 'task_name: dot_push' in run.stdout
+    code, out, _ = run(script, 'task=dot_push', '--cfg', 'job', cwd=own)
+    assert code == 0 and 'task_name: dot_push' in out
 
 
 @pytest.mark.parametrize('name, text, words', [

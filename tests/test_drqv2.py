@@ -4,6 +4,7 @@ import numpy as np
 import plain
 import pytest
 import torch
+from fakes import Stored
 
 import utils
 from drqv2 import ConvStack, DrQV2Agent, Encoder, TruncatedNormal, random_shift
@@ -41,21 +42,13 @@ def test_encoder_sizes():
     assert Encoder((6,))(states) is states
 
 
-class OneBatch:
-    def __init__(self, *batch):
-        self.batch = batch
-
-    def sample(self, batch_size):
-        return self.batch
-
-
 def batch_of(obs_shape, size=32, action_dim=2):
     def obs():
         if len(obs_shape) == 3:
             return torch.randint(0, 256, (size, *obs_shape), dtype=torch.uint8)
         return torch.randn(size, *obs_shape)
-    return OneBatch(obs(), torch.rand(size, action_dim) * 2 - 1, torch.rand(size, 1),
-                    torch.full((size, 1), 0.97), obs())
+    return Stored([obs(), torch.rand(size, action_dim) * 2 - 1, torch.rand(size, 1),
+                   torch.full((size, 1), 0.97), obs()])
 
 
 def updated(obs_shape, precision, steps=3):

@@ -1,16 +1,12 @@
 """What is shipped does what is said of it; benchmarks/evaluate.py looks closer."""
-import argparse
-
 import evaluate
 import imageio.v3 as iio
 import numpy as np
 import pytest
-import torch
-from fakes import FakeEnv
+from fakes import FakeEnv, judge_args, save_expert
 
 import dmc
 import utils
-from drqv2 import DrQV2Agent
 
 
 def test_every_policy_meets_the_same_episodes():
@@ -68,25 +64,14 @@ def test_a_shipped_expert_is_one(path):
 @pytest.fixture
 def expert(tmp_path):
     """An untrained one of reacher_easy."""
-    env_args = dict(obs='states', action_repeat=4, frame_stack=1, im_size=16)
-    env = dmc.make('reacher_easy', **env_args)
-    agent_args = dict(obs_shape=list(env.observation_spec().shape), action_dim=2, feature_dim=None,
-                      hidden_dim=8)
-    torch.manual_seed(0)
-    utils.save_snapshot(tmp_path / 'run/snapshot.pt', 'expert', 'reacher_easy', {
-        'agent_args': agent_args, 'agent': DrQV2Agent(**agent_args, device='cpu').state_dict(),
-        'made_by': {'env_args': env_args, 'action_repeat': 4}})
+    save_expert(tmp_path / 'run/snapshot.pt', action_repeat=4)
     return tmp_path / 'run/snapshot.pt'
-
-
-def args(**options):
-    return argparse.Namespace(**{'episodes': 2, 'seed': 1, 'contexts': 'own', 'translator': None,
-                                 'videos': None, 'show': 0, 'out': None, **options})
 
 
 def test_an_expert_is_played_beside_a_random_policy_and_filmed(expert, monkeypatch):
     monkeypatch.setitem(evaluate.MOST_FRAMES, '.mp4', 25)
-    line, film = evaluate.judge(expert.parent, args(show=1)).splitlines()  # a run's folder will do
+    # a run's folder will do
+    line, film = evaluate.judge(expert.parent, judge_args(show=1)).splitlines()
     player, rand = evaluate.open_expert(expert, 'reacher_easy')
     returns, low = ([result['return'] for result in each.results(2, seed=1)]
                     for each in (player, rand))
@@ -121,10 +106,10 @@ def test_what_does_not_act_or_does_not_go_together_is_told(expert, tmp_path):
             ('expert', {'translator': 'x'}, 'leave --translator and --videos out')):
         utils.save_snapshot(tmp_path / 'a.pt', kind, 'reacher_easy', {'made_by': {}})
         with pytest.raises(utils.UserError, match=words):
-            evaluate.judge(tmp_path / 'a.pt', args(**options))
+            evaluate.judge(tmp_path / 'a.pt', judge_args(**options))
     for path in (tmp_path / 'none.pt', tmp_path):
         with pytest.raises(utils.UserError, match='there is no snapshot at .*: choose'):
-            evaluate.judge(path, args())
+            evaluate.judge(path, judge_args())
 
 
 @pytest.mark.parametrize('options', [['--out', 'x.mp4'], ['a.pt', 'b.pt', '--out', 'x.mp4'],

@@ -3,18 +3,14 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fakes import CFGS
-from hydra import compose, initialize_config_dir
+from fakes import FakeEnv, edit, save_expert, save_translator, settings, start, wait_until
 
 import generate_expert_video as script  # first: it imports dmc, which chooses the OpenGL backend
 
@@ -25,38 +21,28 @@ import train_ac
 import utils
 import video
 from ac_agent import load_imitator
-from ct_model import ContextTranslator
-from drqv2 import DrQV2Agent
 
-REPO = Path(__file__).parent.parent
 SIZES = ['task=reacher_easy', 'num_train=2', 'num_valid=1', 'num_play=2', 'num_play_valid=1',
          'num_contexts=2', 'episode_len=5', 'im_size=32']
 NUMS = {'train': 2, 'valid': 1, 'play': 2, 'play_valid': 1}
-ENV_ARGS = {'obs': 'states', 'action_repeat': 2, 'frame_stack': 3, 'im_size': 84}
 
 
 def config(*overrides):
-    with initialize_config_dir(str(CFGS), version_base='1.3'):
-        return compose('generate_expert_video', [*SIZES, *overrides])
+    return settings('generate_expert_video', *SIZES, *overrides)
 
 
 @pytest.fixture(scope='module')
 def snapshot(tmp_path_factory):
-    env = dmc.make('reacher_easy', **ENV_ARGS)
-    agent_args = {'obs_shape': list(env.observation_spec().shape), 'action_dim': 2,
-                  'hidden_dim': 32}
-    utils.set_seed_everywhere(0)
     path = tmp_path_factory.mktemp('experts') / 'reacher_easy.pt'
-    utils.save_snapshot(path, 'expert', 'reacher_easy', {
-        'agent_args': agent_args, 'agent': DrQV2Agent(**agent_args).state_dict(),
-        'made_by': {'seed': 0, 'env_args': ENV_ARGS}})
+    save_expert(path)
     return path
 
 
 @pytest.fixture(scope='module')
 def dataset(snapshot, tmp_path_factory):
+    """Of two workers; what is compared with it comes of one."""
     out_dir = tmp_path_factory.mktemp('videos')
-    script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_workers=1'))
+    script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_workers=2'))
     return out_dir
 
 
@@ -119,33 +105,22 @@ def test_poses_belong_to_the_frames_and_actions_lead_from_one_to_the_next(datase
                                  else agent.act(time_step.observation, 0, eval_mode=True))
 
 
-def test_without_play_there_is_no_folder_of_it_and_it_can_follow(dataset, snapshot, tmp_path):
-    options = [f'snapshot={snapshot}', f'out_dir={tmp_path}', 'num_workers=1']
-    script.generate(config(*options, 'num_play=0', 'num_play_valid=0'))
+def test_without_play_there_is_no_folder_of_it(dataset, snapshot, tmp_path):
+    """And one worker makes the same demonstrations as two."""
+    script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}', 'num_workers=1',
+                           'num_play=0', 'num_play_valid=0'))
     assert sorted(path.name for path in tmp_path.iterdir()) == ['train', 'valid']
-    demonstrations = contents(tmp_path)
-    assert demonstrations == {name: data for name, data in contents(dataset).items()
-                              if not name.startswith('play')}
-    script.generate(config(*options))
-    assert contents(tmp_path) == contents(dataset)
+    assert contents(tmp_path) == {name: data for name, data in contents(dataset).items()
+                                  if not name.startswith('play')}
 
 
 @pytest.fixture(scope='module')
 def player(dataset, tmp_path_factory):
     """Options that have an imitator play, one that has not trained yet."""
     run = tmp_path_factory.mktemp('ac_local')
-    torch.manual_seed(0)
-    model_args = {'im_size': 32, 'channels': [4, 4, 4, 4], 'z_dim': 4, 'hidden': 8, 'code_dim': 3,
-                  'action_dim': 2}
-    model = ContextTranslator(**model_args)
-    model.code.fit_scales(torch.randn(9, 2, 4, 4), torch.randn(9, 2, 4))
-    utils.save_snapshot(run / 'ct.pt', 'translator', 'reacher_easy', {
-        'model_args': model_args, 'model': model.state_dict(),
-        'scores': {name: worked for name, (worked, _) in train_ac.WORKED.items()},
-        'made_by': {'videos': utils.versions(), 'quality': dmc.CONTEXT_QUALITY}})
-    with initialize_config_dir(str(CFGS), version_base='1.3'):
-        cfg = compose('train_ac', ['task=reacher_easy', f'snapshot={run}/ct.pt', 'device=cpu',
-                                   f'data_dir={dataset}', 'hidden_dim=16', 'use_tb=false'])
+    save_translator(run / 'ct.pt', 'reacher_easy', im_size=32)
+    cfg = settings('train_ac', 'task=reacher_easy', f'snapshot={run}/ct.pt', 'device=cpu',
+                   f'data_dir={dataset}', 'hidden_dim=16', 'use_tb=false')
     train_ac.make_workspace(cfg, run).save_snapshot()
     return [f'player={run}/snapshot.pt', f'translator={run}/ct.pt']
 
@@ -168,7 +143,8 @@ def test_an_imitator_goes_on_with_play_from_demonstrated_starts(dataset, snapsho
         assert episode['player_sha256'] == sha256 and 'player_sha256' not in clips.episode(0)
         assert episode['episode_seed'] in [demos.episode(k)['episode_seed']
                                            for k in range(len(demos))]
-        env = dmc.make('reacher_easy', scenery=contexts.Scenery(clips.meta['scenery']), **ENV_ARGS)
+        env = dmc.make('reacher_easy', obs='states', action_repeat=2,
+                       scenery=contexts.Scenery(clips.meta['scenery']))
         env.reset(episode_seed=episode['episode_seed'], context=np.array(episode['contexts'][1]))
         for t in range(6):
             assert env.qpos().tolist() == episode['qpos'][t]
@@ -193,8 +169,7 @@ def test_a_player_goes_with_its_translator_and_action_repeat(dataset, snapshot, 
     options = [f'snapshot={snapshot}', f'out_dir={tmp_path}', 'num_play=3', *player]
     with pytest.raises(utils.UserError, match='was trained with another translator than .*other'):
         script.generate(config(*options, f'translator={other}'))
-    meta = tmp_path / 'train' / 'meta.json'
-    video.write_json(meta, video.read_json(meta) | {'action_repeat': 3})
+    edit(tmp_path / 'train/meta.json', action_repeat=3)
     with pytest.raises(utils.UserError, match='action_repeat=3'):
         load_imitator(player[0].removeprefix('player='), player[1].removeprefix('translator='),
                       tmp_path / 'train', 'reacher_easy')
@@ -243,12 +218,8 @@ def test_noise_is_a_function_of_the_seed_and_differs_by_episode():
     assert actions(1).dtype == np.float32
 
 
-def test_same_dataset_from_two_workers(dataset, snapshot, tmp_path):
-    script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}', 'num_workers=2'))
-    assert contents(tmp_path) == contents(dataset)
-
-
-def test_goes_on_where_it_stopped(dataset, snapshot, tmp_path):
+def test_goes_on_where_it_stopped_and_play_can_follow(dataset, snapshot, tmp_path):
+    """One worker makes the same play as two."""
     out_dir = tmp_path / 'videos'
     shutil.copytree(dataset, out_dir)
     train = out_dir / 'train'
@@ -259,6 +230,7 @@ def test_goes_on_where_it_stopped(dataset, snapshot, tmp_path):
     play = out_dir / 'play'
     (play / 'episode_00000.json').unlink()
     (play / 'episode_00000.npy').unlink()
+    shutil.rmtree(out_dir / 'play_valid')  # was not asked for
     script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_workers=1'))
     assert contents(out_dir) == contents(dataset)
     now = (train / 'episode_00000.npy').stat()
@@ -339,32 +311,12 @@ def test_play_is_smooth_and_differs_by_episode():
     assert abs(np.corrcoef(spreads, correlations)[0, 1]) < 0.5  # drawn apart
 
 
-FakeStep = namedtuple('FakeStep', 'observation reward last')
+class GoesHome:
+    """An agent whose action is minus its position, without noise."""
 
-
-class FakeEnv:
-    """Counts: the observation is the step, the reward 10 times the action; `length` steps."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def reset(self, episode_seed):
-        self.now = episode_seed
-        return FakeStep(0, None, lambda: False)
-
-    def qpos(self):
-        return np.array([self.now, -1.0])
-
-    def step(self, action):
-        self.now += 1
-        self.length -= 1
-        return FakeStep(self.now, 10 * action, lambda: self.length == 0)
-
-
-class FakeAgent:
     def act(self, obs, step, eval_mode):
         assert eval_mode
-        return obs + 1
+        return -obs[:2]
 
 
 class FakeCamera:
@@ -373,17 +325,23 @@ class FakeCamera:
 
     def render(self, look):
         self.seen.append(look)
-        return np.full((2, 2, 3), self.env.now + look[0], np.uint8)
+        return self.env.render(2) + np.uint8(look[0])
 
 
 def test_film_with_one_camera_for_each_context():
     env = FakeEnv(length=3)  # may end with the clip, not before
     cameras = [FakeCamera(env), FakeCamera(env)]
-    frames, happened = script.film(env, FakeAgent(), cameras, 3, 5, [[0], [100]])
-    assert frames[:, :, 0, 0, 0].tolist() == [[5, 6, 7, 8], [105, 106, 107, 108]]
+    frames, happened = script.film(env, GoesHome(), cameras, 3, 5, [[0], [100]])
+    assert frames[:, :, 0, 0, 0].tolist() == [[0, 1, 2, 3], [100, 101, 102, 103]]
     assert frames.shape == (2, 4, 2, 2, 3) and frames.dtype == np.uint8
-    assert happened == {'actions': [1, 7, 8], 'rewards': [10.0, 70.0, 80.0],
-                        'qpos': [[5.0, -1.0], [6.0, -1.0], [7.0, -1.0], [8.0, -1.0]]}
+    again = FakeEnv(length=3)
+    again.reset(episode_seed=5)
+    poses, rewards = [again.qpos()], []
+    for _ in range(3):
+        rewards.append(again.step(-np.float32(poses[-1])).reward)
+        poses.append(again.qpos())
+    assert happened == {'actions': (-np.float32(poses[:3])).tolist(), 'rewards': rewards,
+                        'qpos': np.array(poses).tolist()}
     json.dumps(happened)  # plain numbers
     for camera in cameras:  # the very same object, so that textures are uploaded once
         assert all(look is camera.seen[0] for look in camera.seen)
@@ -392,7 +350,7 @@ def test_film_with_one_camera_for_each_context():
 def test_film_of_an_episode_that_ends_too_early():
     env = FakeEnv(length=2)
     with pytest.raises(utils.UserError, match='ends after 2 steps: set episode_len=2 or less'):
-        script.film(env, FakeAgent(), [FakeCamera(env)], 3, 0, [[0]])
+        script.film(env, GoesHome(), [FakeCamera(env)], 3, 0, [[0]])
 
 
 @pytest.mark.parametrize('override, sentence', [
@@ -537,19 +495,10 @@ def children(pid):
     return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, 'waited in vain'
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGKILL])
 def test_interrupted(snapshot, tmp_path, sig):
-    process = subprocess.Popen(
-        [sys.executable, REPO / 'generate_expert_video.py', *SIZES, 'num_train=400',
-         'num_workers=2', f'snapshot={snapshot}', f'out_dir={tmp_path / "videos"}'],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = start('generate_expert_video', *SIZES, 'num_train=400', 'num_workers=2',
+                    f'snapshot={snapshot}', f'out_dir={tmp_path / "videos"}', cwd=tmp_path)
     wait_until(lambda: process.poll() is not None or list(tmp_path.rglob('episode_*.json')))
     assert process.poll() is None, process.stderr.read()
     workers = children(process.pid)
@@ -575,10 +524,8 @@ def test_interrupted(snapshot, tmp_path, sig):
 @pytest.mark.parametrize('starting', ['main', 'workers'])
 def test_ctrl_c_while_modules_are_imported(snapshot, tmp_path, starting):
     """A terminal sends it to the workers as well."""
-    process = subprocess.Popen(
-        [sys.executable, REPO / 'generate_expert_video.py', *SIZES, 'num_workers=2',
-         f'snapshot={snapshot}', f'out_dir={tmp_path / "videos"}'],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start('generate_expert_video', *SIZES, 'num_workers=2', f'snapshot={snapshot}',
+                    f'out_dir={tmp_path / "videos"}', cwd=tmp_path, start_new_session=True)
 
     def spawned():
         return [pid for pid in children(process.pid)

@@ -1,4 +1,3 @@
-import csv
 import errno
 import io
 import threading
@@ -8,6 +7,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from fakes import rows
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import utils
@@ -35,11 +35,6 @@ def clock():
 def make_logger(work_dir, clock=None, stream=None, **kwargs):
     kwargs = {'total': 1000, 'use_tb': False, **kwargs}
     return Logger(work_dir, clock=clock or Clock(), stream=stream or io.StringIO(), **kwargs)
-
-
-def rows(path):
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
 
 
 def test_csv_holds_the_means_since_the_last_dump(tmp_path):

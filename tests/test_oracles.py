@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import FakeDemos, FakeEnv
+from fakes import FakeClips, FakeDemos, FakeEnv, Stored
 from oracles import (
     PoseBesideFrame,
     PoseDemonstrations,
@@ -35,8 +35,8 @@ def test_without_targets_the_critic_learns_from_what_is_replayed():
     agent = RewardedAgent([3], 2, 2, 1, [], w_critic=1.0, w_clone=1.0, hidden_dim=8, relabel=0.4,
                           hindsight=0.4, feature_dim=None, demos=torch.zeros(1, 5, 2),
                           play=Play(torch.zeros(1, 5, 2), torch.zeros(1, 4, 2)))
-    batch = torch.zeros(4, 3), torch.zeros(4, 2), torch.full((4, 1), 7.0), torch.ones(4, 1)
-    replay = SimpleNamespace(sample=lambda batch_size, ahead: (*batch, batch[0]))
+    obs, rewards = torch.zeros(4, 3), torch.full((4, 1), 7.0)
+    replay = Stored([obs, torch.zeros(4, 2), rewards, torch.ones(4, 1), obs])
     assert (agent.draw(replay, 4)[2] == 7).all()
 
 
@@ -49,23 +49,15 @@ def test_the_reward_takes_a_critic(w_critic, words):
     assert checked == [cfg]
 
 
-class FakeClips:
-    """Three poses of an arm on a cart that has travelled; frames are black."""
-
-    meta = {'joints': ['travel', 'slide', 'hinge']}
-    poses = [[9.0, 1.0, 0.0], [5.0, 2.0, np.pi / 2], [7.0, 6.0, np.pi]]
-
-    def __len__(self):
-        return 1
-
-    def episode(self, i):
-        return {'qpos': self.poses}
+POSES = [[9.0, 1.0, 0.0], [5.0, 2.0, np.pi / 2], [7.0, 6.0, np.pi]]
 
 
 @pytest.fixture
 def demos():
+    """Three poses of an arm on a cart that has travelled."""
+    clips = FakeClips([None], [{'qpos': POSES}], joints=['travel', 'slide', 'hinge'])
     model = SimpleNamespace(feature_dim=9, code=True, parameters=lambda: iter([torch.zeros(1)]))
-    return PoseDemonstrations(model, FakeClips())
+    return PoseDemonstrations(model, clips)
 
 
 def test_features_are_the_pose_without_travel(demos):
@@ -78,6 +70,6 @@ def test_features_are_the_pose_without_travel(demos):
 
 def test_a_rendered_frame_is_encoded_as_its_pose(demos):
     env = SimpleNamespace(render=lambda im_size: np.zeros((im_size, im_size, 3), np.uint8),
-                          qpos=lambda: np.array(FakeClips.poses[2]))
+                          qpos=lambda: np.array(POSES[2]))
     frame = PoseBesideFrame(env, demos).render(8)
     torch.testing.assert_close(demos.encode(frame), demos.features()[0, 2])

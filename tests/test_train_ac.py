@@ -1,7 +1,5 @@
-import argparse
 import functools
-import os
-import signal
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +10,26 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from fakes import CFGS, Killed, rows
-from hydra import compose, initialize_config_dir
+from fakes import (
+    CFGS,
+    GOOD,
+    MADE_BY,
+    SCENERY,
+    FakeClips,
+    Killed,
+    agent_of,
+    die,
+    differences,
+    edit,
+    judge_args,
+    rows,
+    save_expert,
+    save_translator,
+    settings,
+    terminate_at_once,
+    watch,
+    write_split,
+)
 from omegaconf import OmegaConf
 
 import ac_agent
@@ -28,7 +44,6 @@ from train_ac import WORKED, judge_translator
 from utils import UserError
 
 LENGTH, SIZE = 4, 16
-MADE_BY = {'videos': utils.versions(), 'quality': dmc.CONTEXT_QUALITY}
 RECIPES = ['liu2017', 'pose_code']
 
 
@@ -45,65 +60,72 @@ def changes():
 
 
 @pytest.fixture
-def data_dir(tmp_path, scenery):
-    return write_videos(tmp_path / 'videos', scenery)
+def data_dir(videos, tmp_path):
+    """A copy of the videos, which may be changed."""
+    return shutil.copytree(videos, tmp_path / 'videos')
 
 
-def write_videos(folder, scenery, num_contexts=3):
+@pytest.fixture(scope='module')
+def videos(tmp_path_factory):
+    return write_videos(tmp_path_factory.mktemp('videos'))
+
+
+def write_videos(folder, num_contexts=3):
     """Noise, in contexts that are true."""
     rng = np.random.default_rng(0)
+
+    def episode(i, split, kind):
+        frames = rng.integers(0, 256, (num_contexts, LENGTH + 1, SIZE, SIZE, 3), np.uint8)
+        kept = {'train': {'expert_return': 6.0, 'rewards': [1.5] * LENGTH},
+                'valid': {'expert_return': 5.0, 'rewards': [1.25] * LENGTH},
+                'play': {'actions': rng.uniform(-1, 1, (LENGTH, 2)).tolist()}}[split]
+        return frames, {'episode_seed': i, **kept, 'qpos': [[0.0] * 2] * (LENGTH + 1),
+                        'contexts': [contexts.Scenery(SCENERY).sample(rng, kind).tolist()
+                                     for _ in range(num_contexts)]}
     for split, kind in (('train', 'seen'), ('valid', 'held_out'), ('play', 'seen')):
-        for i in range(2):
-            frames = rng.integers(0, 256, (num_contexts, LENGTH + 1, SIZE, SIZE, 3), np.uint8)
-            kept = {'train': {'expert_return': 6.0, 'rewards': [1.5] * LENGTH},
-                    'valid': {'expert_return': 5.0, 'rewards': [1.25] * LENGTH},
-                    'play': {'actions': rng.uniform(-1, 1, (LENGTH, 2)).tolist()}}[split]
-            video.write_episode(folder / split, i, frames, {
-                'episode_seed': i, **kept, 'qpos': [[0.0] * 2] * (LENGTH + 1),
-                'contexts': [contexts.Scenery(scenery).sample(rng, kind).tolist()
-                             for _ in range(num_contexts)]})
-        video.write_json(folder / split / 'meta.json', {
-            'format': utils.FORMAT, 'task': 'reacher_hard', 'split': split, 'im_size': SIZE,
-            'episode_len': LENGTH, 'num_contexts': num_contexts, 'action_repeat': 2,
-            'scenery': scenery, 'num_episodes': 2, 'expert_sha256': 'none',
-            'quality': dmc.CONTEXT_QUALITY, 'versions': utils.versions()})
+        write_split(folder / split, [episode(i, split, kind) for i in range(2)],
+                    action_repeat=2, scenery=SCENERY)
     return folder
 
 
-def edit(path, **values):
-    video.write_json(path, video.read_json(path) | values)
-
-
-GOOD = {name: worked for name, (worked, _) in WORKED.items()}  # scores of a translator
-
-
-def save_translator(path, recipe, made_by=MADE_BY, **more):
-    torch.manual_seed(0)
-    model_args = {'im_size': SIZE, 'channels': [4, 4, 4, 4], 'z_dim': 4, 'hidden': 8}
-    if recipe == 'pose_code':
-        model_args |= {'code_dim': 3, 'action_dim': 2}
-    model = ContextTranslator(**model_args)
-    if model.code:
-        model.code.fit_scales(torch.randn(9, 2, 4, 4), torch.randn(9, 2, 4))
-        more = {'scores': GOOD, **more}
-    utils.save_snapshot(path, 'translator', 'reacher_hard', {
-        'model_args': model_args, 'model': model.state_dict(), 'made_by': made_by, **more})
+def make_cfg(folder, data_dir, recipe, changes):
+    """Settings of a short run, whose translator is saved in the folder."""
+    save_translator(folder / 'ct.pt', code=recipe == 'pose_code')
+    cfg = settings(
+        'train_ac', f'recipe={recipe}', 'device=cpu', 'use_tb=false', 'save_video=false',
+        'num_train_frames=160', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
+        'num_eval_episodes=2', 'log_every_frames=8', 'snapshot_every_frames=48', 'lookahead=[1,2]',
+        'num_pretrain_updates=5', 'hidden_dim=16', 'agent.num_expl_steps=10', 'stddev_schedule=1.0',
+        snapshot=f'{folder}/ct.pt', data_dir=str(data_dir), expert=f'{folder}/expert.pt')
+    cfg.merge_with(changes)
+    return cfg
 
 
 @pytest.fixture
 def cfg(data_dir, tmp_path, recipe, changes):
     """Settings of a short run whose translator and videos are there."""
-    save_translator(tmp_path / 'ct.pt', recipe)
-    with initialize_config_dir(str(CFGS), version_base='1.3'):
-        cfg = compose('train_ac', [
-            f'recipe={recipe}', f'snapshot={tmp_path}/ct.pt', f'data_dir={data_dir}',
-            f'expert={tmp_path}/expert.pt', 'device=cpu', 'use_tb=false', 'save_video=false',
-            'num_train_frames=160', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
-            'num_eval_episodes=2', 'log_every_frames=8', 'snapshot_every_frames=48',
-            'lookahead=[1,2]', 'num_pretrain_updates=5', 'hidden_dim=16',
-            'agent.num_expl_steps=10', 'stddev_schedule=1.0'])
-    cfg.merge_with(changes)
-    return cfg
+    return make_cfg(tmp_path, data_dir, recipe, changes)
+
+
+@pytest.fixture(scope='module')
+def trained(videos, tmp_path_factory):
+    """-> a function of recipe and changes: the folder of such a run that nothing ended."""
+    folders = {}
+
+    def train(recipe, changes):
+        key = recipe, str(changes)
+        if key not in folders:
+            folder = tmp_path_factory.mktemp('whole')
+            make(make_cfg(folder, videos, recipe, changes), folder / 'run').train()
+            folders[key] = folder / 'run'
+        return folders[key]
+    return train
+
+
+@pytest.fixture
+def whole(trained, recipe, changes):
+    """The folder of a run with these settings that nothing ended, trained once for all tests."""
+    return trained(recipe, changes)
 
 
 def load_translator(cfg):
@@ -118,21 +140,9 @@ def make(cfg, work_dir, overlap=False):
     return workspace
 
 
-def agent_state(work_dir):
-    """All that a run's snapshot holds of its agent: path -> tensor or plain value."""
-    def leaves(tree, path=()):
-        if isinstance(tree, (dict, list, tuple)):
-            items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-            return {key: leaf for name, part in items
-                    for key, leaf in leaves(part, (*path, name)).items()}
-        return {path: tree}
-    return leaves(utils.load_snapshot(work_dir / 'snapshot.pt', 'imitator')['agent'])
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key]
-        for key, value in one.items())
+def learned_alike(one, other):
+    """Whether the agents of two runs are in the same state, to the bit."""
+    return not differences(agent_of(one), agent_of(other))
 
 
 # ------------------------------------------------------------------------------ runs
@@ -144,52 +154,36 @@ VARIANTS = [('liu2017', {}), ('pose_code', {}), ('pose_code', {'w_critic': 1.0})
 
 @pytest.mark.parametrize('overlap', [False, True])  # updates in a second thread change nothing
 @pytest.mark.parametrize('recipe, changes', VARIANTS)
-def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, tmp_path, overlap,
-                                                                    recipe):
-    make(cfg, tmp_path / 'whole').train()
+def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, whole, tmp_path,
+                                                                    monkeypatch, overlap, recipe):
     killed = make(cfg, tmp_path / 'killed', overlap)
-    step, taken = killed.train_env.step, []
-    def dying_step(action):
-        taken.append(action)
-        if len(taken) == 58:
-            raise Killed
-        return step(action)
-    killed.train_env.step = dying_step
+    watch(monkeypatch, killed.train_env, 'step', 58, die)
     with pytest.raises(Killed):
         killed.train()
     resumed = make(cfg, tmp_path / 'killed', overlap)
     assert 0 < resumed.global_step < 58
     resumed.train()
-    whole, again = (agent_state(tmp_path / name) for name in ('whole', 'killed'))
-    assert same(whole, again)
-    assert whole['num_updates',] > 50
-    assert any(key[0] == 'inverse' for key in whole) == (recipe == 'pose_code')
-    assert any(key[0] == 'inverse_opt' for key in whole) == (recipe == 'pose_code')
+    assert learned_alike(whole, tmp_path / 'killed')
+    agent = agent_of(whole)
+    assert agent['num_updates'] > 50
+    assert ('inverse' in agent) == ('inverse_opt' in agent) == (recipe == 'pose_code')
     for name in ('train.csv', 'eval.csv'):
-        assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
+        assert rows(whole / name) == rows(tmp_path / 'killed' / name)
 
 
 @pytest.mark.parametrize('recipe, changes', VARIANTS[1:2])
 @pytest.mark.parametrize('owner, name', [(ContextTranslator, 'encode'),
                                          (ac_agent.ACAgent, 'update_clone')])
-def test_long_work_is_broken_off_at_once_and_done_again(cfg, tmp_path, monkeypatch, owner, name):
+def test_long_work_is_broken_off_at_once_and_done_again(cfg, whole, tmp_path, monkeypatch, owner,
+                                                        name):
     """While demonstrations are encoded, and in pretraining."""
-    make(cfg, tmp_path / 'whole').train()
-    calls, function = [], getattr(owner, name)
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise AssertionError('the signal was held back')
-        return function(*args)
     with (monkeypatch.context() as patch, pytest.raises(utils.Interrupted),
           utils.raise_interrupts()):
-        patch.setattr(owner, name, interrupted)
+        watch(patch, owner, name, 3, terminate_at_once)
         make(cfg, tmp_path / 'broken', overlap=True).train()
     assert not list((tmp_path / 'broken').glob('*.pt'))
     make(cfg, tmp_path / 'broken', overlap=True).train()
-    assert same(*(agent_state(tmp_path / name) for name in ('whole', 'broken')))
+    assert learned_alike(whole, tmp_path / 'broken')
 
 
 @pytest.mark.parametrize('recipe', ['liu2017'])  # codes have a scale of their own
@@ -214,8 +208,7 @@ class Deceptive(dmc.Wrapper):
 
 
 @pytest.mark.parametrize('recipe, changes', VARIANTS)
-def test_training_reads_neither_pose_nor_task_reward(cfg, data_dir, tmp_path, monkeypatch, recipe):
-    make(cfg, tmp_path / 'one').train()
+def test_training_reads_neither_pose_nor_task_reward(cfg, whole, data_dir, tmp_path, monkeypatch):
     rng = np.random.default_rng(5)
     for split in ('train', 'valid', 'play'):
         for i in range(2):
@@ -226,21 +219,20 @@ def test_training_reads_neither_pose_nor_task_reward(cfg, data_dir, tmp_path, mo
                 edit(path, expert_return=-77.0)
     load_suite = dmc.load_suite
     monkeypatch.setattr(dmc, 'load_suite', lambda *args: Deceptive(load_suite(*args)))
-    other = make(cfg, tmp_path / 'other')
+    other = make(cfg, tmp_path / 'run')
     other.train()
     assert other.last_eval['task_return'] == 2 * LENGTH * -123.0  # that the agent was deceived
     assert other.last_eval['expert_return'] == -77.0
-    assert same(*(agent_state(tmp_path / name) for name in ('one', 'other')))
-    assert rows(tmp_path / 'one/train.csv') == rows(tmp_path / 'other/train.csv')
+    assert learned_alike(whole, tmp_path / 'run')
+    assert rows(whole / 'train.csv') == rows(tmp_path / 'run/train.csv')
 
 
-def test_training_reads_pictures_and_the_actions_of_play(cfg, data_dir, tmp_path):
+def test_training_reads_pictures_and_the_actions_of_play(cfg, whole, data_dir, tmp_path):
     """What the test above changes is not just without any effect."""
-    make(cfg, tmp_path / 'one').train()
     path = video.frames_path(data_dir / 'play', 0).with_suffix('.json')
     edit(path, actions=np.zeros((LENGTH, 2)).tolist())
-    make(cfg, tmp_path / 'other').train()
-    assert not same(*(agent_state(tmp_path / name) for name in ('one', 'other')))
+    make(cfg, tmp_path / 'run').train()
+    assert not learned_alike(whole, tmp_path / 'run')
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -331,8 +323,8 @@ def test_the_demo_says_how_each_episode_went(cfg, tmp_path, monkeypatch):
 def test_evaluate_repeats_a_runs_own_evaluation_and_films_it(cfg, tmp_path):
     workspace = make(cfg, tmp_path / 'run')
     workspace.train()
-    args = argparse.Namespace(episodes=2, seed=cfg.seed, contexts='own', translator=cfg.snapshot,
-                              videos=f'{cfg.data_dir}/valid', show=1, out=tmp_path / 'x.gif')
+    args = judge_args(seed=cfg.seed, translator=cfg.snapshot, videos=f'{cfg.data_dir}/valid',
+                      show=1, out=tmp_path / 'x.gif')
     line, film = evaluate.judge(tmp_path / 'run', args).splitlines()
     result = workspace.last_eval
     assert f": {result['task_return']:.1f} ± " in line and 'over 2 episodes' in line
@@ -345,10 +337,9 @@ def test_evaluate_repeats_a_runs_own_evaluation_and_films_it(cfg, tmp_path):
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
-def test_only_evaluation_logs_the_task_return(cfg, tmp_path):
-    make(cfg, tmp_path / 'run').train()
-    assert 'task_return' in rows(tmp_path / 'run/eval.csv')[0]
-    assert not any('return' in column for column in rows(tmp_path / 'run/train.csv')[0])
+def test_only_evaluation_logs_the_task_return(whole):
+    assert 'task_return' in rows(whole / 'eval.csv')[0]
+    assert not any('return' in column for column in rows(whole / 'train.csv')[0])
 
 
 def test_the_agent_starts_where_the_filmed_episode_started(cfg, tmp_path):
@@ -376,10 +367,10 @@ def test_made_by_says_what_it_was_made_of(cfg, tmp_path):
 # ------------------------------------------------------------------------------ videos of one's own
 
 @pytest.fixture
-def imported(cfg, tmp_path, scenery, monkeypatch):
+def imported(cfg, tmp_path, monkeypatch):
     """Demonstrations of which nothing is known, each in one context; play as it is filmed."""
     monkeypatch.setattr(ac_agent, 'NUM_RESETS', 16)
-    folder = write_videos(tmp_path / 'own', scenery, num_contexts=1)
+    folder = write_videos(tmp_path / 'own', num_contexts=1)
     for split, kind in (('train', 'seen'), ('valid', 'held_out')):
         for i in range(2):
             path = video.frames_path(folder / split, i)
@@ -398,7 +389,7 @@ def test_an_imitator_of_videos_of_ones_own_trains_and_resumes(imported, tmp_path
     first.run(48)
     first.save_snapshot()
     make(imported, tmp_path / 'again').train()
-    assert same(*(agent_state(tmp_path / name) for name in ('whole', 'again')))
+    assert learned_alike(tmp_path / 'whole', tmp_path / 'again')
 
 
 def test_what_ones_own_videos_do_not_tell_is_not_reported(imported, tmp_path):
@@ -419,9 +410,8 @@ def test_evaluate_tells_how_near_ones_own_videos_it_stays(imported, tmp_path):
     workspace = make(imported, tmp_path / 'run')
     workspace.eval()
     workspace.save_snapshot()
-    args = argparse.Namespace(episodes=2, seed=imported.seed, contexts='own', show=1,
-                              translator=imported.snapshot, out=tmp_path / 'x.gif',
-                              videos=f'{imported.data_dir}/valid')
+    args = judge_args(seed=imported.seed, translator=imported.snapshot, show=1,
+                      videos=f'{imported.data_dir}/valid', out=tmp_path / 'x.gif')
     line, _ = evaluate.judge(tmp_path / 'run', args).splitlines()
     distance = workspace.last_eval['distance']
     assert f'squared distance of codes {distance:.3f}; no score, since' in line
@@ -449,15 +439,21 @@ def test_an_oracle_learns_and_is_taken_for_no_imitator(cfg, tmp_path, monkeypatc
                                f'{cfg.data_dir}/valid', 'reacher_hard')
 
 
-def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_path):
+def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_path, monkeypatch):
+    imported.merge_with({'num_demos': 1, 'num_eval_demos': 1})
     workspace = make(imported, tmp_path / 'run')
+    translated = watch(monkeypatch, Demonstrations, 'translate')
+    resets = watch(monkeypatch, dmc.SuiteEpisodes, 'reset')
     for env, kind in ((workspace.train_env, 'seen'), (workspace.eval_env, 'held_out')):
-        drawn = [env._draw_start(1, np.random.default_rng(seed)) for seed in (0, 0, 1)]
-        assert len({start.seed for start in drawn}) == 1 and drawn[0].sources == [0]
-        looks = [start.context for start in drawn]
+        seeds, looks = set(), []
+        for seed in (0, 0, 1):
+            env.reset(episode_seed=seed)
+            assert translated[-1][0][2] == [0]  # the sources
+            seeds.add(env.start_seed)
+            looks.append(resets[-1][1]['context'])
+        assert len(seeds) == 1
         assert np.array_equal(looks[0], looks[1]) and not np.array_equal(looks[0], looks[2])
-        assert {contexts.Scenery(env._demos.clips.meta['scenery']).kind_of(look)
-                for look in looks} == {kind}
+        assert {contexts.Scenery(SCENERY).kind_of(look) for look in looks} == {kind}
 
 
 def test_play_that_is_missing_beside_ones_own_videos_is_told(imported, tmp_path, no_filming):
@@ -466,13 +462,12 @@ def test_play_that_is_missing_beside_ones_own_videos_is_told(imported, tmp_path,
     assert not no_filming
 
 
-def test_videos_that_went_through_h264_have_their_codes_and_are_started_near(tmp_path, scenery,
-                                                                             monkeypatch):
+def test_videos_that_went_through_h264_have_their_codes_and_are_started_near(tmp_path, monkeypatch):
     """With the translator that ships, in held-out contexts, on reacher's arm."""
     monkeypatch.setattr(ac_agent, 'NUM_RESETS', 256)
     model, _ = ac_agent.load_translator(CFGS.parent / 'ct/reacher_hard.pt', 'reacher_hard',
                                         'pose_code', torch.device('cpu'), 'bf16')
-    scene, rng = contexts.Scenery(scenery), np.random.default_rng(1)
+    scene, rng = contexts.Scenery(SCENERY), np.random.default_rng(1)
     env = dmc.ActionRepeat(dmc.load_suite('reacher_hard', scene), 2)
     original, own, poses = [], [], []
     for i in range(2):
@@ -486,20 +481,10 @@ def test_videos_that_went_through_h264_have_their_codes_and_are_started_near(tmp
         large = original[-1].repeat(2, 0).repeat(4, 1).repeat(4, 2)  # 256 pixels, twice the rate
         video.save(tmp_path / f'{i}.mp4', large, fps=50)
         own.append(video.load(tmp_path / f'{i}.mp4', 25, 11, 64)[0])
-
-    class Clips:
-        meta = {'scenery': scenery, 'im_size': 64, 'contexts': 'seen'}
-
-        def __init__(self, episodes):
-            self.episodes = episodes
-
-        def __len__(self):
-            return len(self.episodes)
-
-        def frames(self, i):
-            return self.episodes[i][None]
-    demos = Demonstrations(model, Clips(own))
-    there, here = Demonstrations(model, Clips(original)).features(), demos.features()
+    demos, originals = (
+        Demonstrations(model, FakeClips(np.stack(episodes)[:, None], scenery=SCENERY, im_size=64,
+                                        contexts='seen')) for episodes in (own, original))
+    there, here = originals.features(), demos.features()
     assert (there - here).square().mean() < 0.02 * here.var((0, 1)).mean()
     for pose, seed in zip(poses, ac_agent.find_starts(env, demos), strict=True):
         env.reset(episode_seed=seed)
@@ -584,7 +569,7 @@ def test_a_missing_translator_is_told_with_the_command(cfg, tmp_path):
 
 @pytest.mark.parametrize('recipe, other', [RECIPES, RECIPES[::-1]])
 def test_a_translator_of_the_other_recipe_is_refused(cfg, tmp_path, recipe, other):
-    save_translator(cfg.snapshot, other)
+    save_translator(cfg.snapshot, code=other == 'pose_code')
     refused(cfg, tmp_path, f'pose code: set recipe={other}, or python train_ct.py '
                            f'task=reacher_hard recipe={recipe}')
 
@@ -593,7 +578,7 @@ def test_a_translator_of_other_pictures_is_refused(cfg, tmp_path):
     for other, words in (({'quality': [2048, 28, 16]}, 'quality=.*2048.*train_ct.py'),
                          ({'videos': utils.versions() | {'mujoco': '3.0'}},
                           'mujoco=3.0.*train_ct.py')):
-        save_translator(cfg.snapshot, 'pose_code', MADE_BY | other)
+        save_translator(cfg.snapshot, made_by=MADE_BY | other)
         refused(cfg, tmp_path, words)
 
 
@@ -607,8 +592,8 @@ def test_videos_of_other_pictures_are_refused(data_dir, cfg, tmp_path, split, ot
     refused(cfg, tmp_path, words)
 
 
-def test_one_context_is_not_enough(cfg, tmp_path, scenery):
-    cfg.data_dir = str(write_videos(tmp_path / 'narrow', scenery, num_contexts=1))
+def test_one_context_is_not_enough(cfg, tmp_path):
+    cfg.data_dir = str(write_videos(tmp_path / 'narrow', num_contexts=1))
     refused(cfg, tmp_path, 'one context only.*generate_expert_video.py .*num_contexts=')
 
 
@@ -623,22 +608,17 @@ def test_an_agent_acts_as_often_as_the_expert_did(data_dir, cfg, tmp_path):
     assert workspace.made_by['action_repeat'] == 3
 
 
-def save_expert(cfg, action_repeat):
-    utils.save_snapshot(cfg.expert, 'expert', cfg.task_name,
-                        {'made_by': {'env_args': {'action_repeat': action_repeat}}})
-
-
 def test_before_there_are_videos_it_asks_the_expert_how_often(cfg, tmp_path, no_filming):
     cfg.data_dir = str(tmp_path / 'none')
     cfg.action_repeat = 2
-    save_expert(cfg, 1)
+    save_expert(cfg.expert, cfg.task_name, action_repeat=1)
     refused(cfg, tmp_path, '1 times, not 2: leave action_repeat out')
     cfg.action_repeat = None
-    save_expert(cfg, 161)
+    save_expert(cfg.expert, cfg.task_name, action_repeat=161)
     refused(cfg, tmp_path, 'num_train_frames=160 is not even one step of 161')
     assert not no_filming
     cfg.action_repeat = None
-    save_expert(cfg, 1)
+    save_expert(cfg.expert, cfg.task_name, action_repeat=1)
     with pytest.raises(SystemExit, match='3'):  # filming that fails has said why
         train_ac.make_workspace(cfg, tmp_path)
     assert cfg.action_repeat == 1 and f'snapshot={cfg.expert}' in no_filming[0]
@@ -654,7 +634,7 @@ def test_without_videos_and_expert_the_command_is_told(cfg, tmp_path, no_filming
 def test_videos_that_are_missing_are_filmed(data_dir, cfg, tmp_path, no_filming, split):
     (data_dir / split / 'meta.json').unlink()
     cfg.merge_with({'num_demos': 7, 'num_eval_demos': 6, 'num_play': 5})
-    save_expert(cfg, 2)
+    save_expert(cfg.expert, cfg.task_name)
     with pytest.raises(SystemExit, match='3'):
         train_ac.make_workspace(cfg, tmp_path / 'run')
     (command,) = no_filming
@@ -675,7 +655,7 @@ def test_play_is_not_asked_for_without_cloning(data_dir, cfg, tmp_path, no_filmi
 
 @pytest.mark.parametrize('recipe', ['pose_code'])
 def test_a_code_that_was_not_fitted_to_the_end_is_refused(cfg):
-    save_translator(cfg.snapshot, 'pose_code', scores={'trans': 0.1})
+    save_translator(cfg.snapshot, scores={'trans': 0.1})
     with pytest.raises(UserError, match='not fitted to the end: .*python train_ct.py'):
         load_translator(cfg)
 
@@ -709,7 +689,7 @@ def test_a_score_that_is_worse_is_warned_of_and_no_other(name):
 
 
 def test_scores_are_printed_with_the_translator(cfg, tmp_path, capsys):
-    save_translator(cfg.snapshot, 'pose_code', scores=GOOD | {'rank': 0.05})
+    save_translator(cfg.snapshot, scores=GOOD | {'rank': 0.05})
     make(cfg, tmp_path / 'run')
     printed = capsys.readouterr().out
     assert printed == judge_translator(GOOD | {'rank': 0.05}) + '\n' and 'warning' in printed

@@ -1,16 +1,25 @@
+import functools
 import itertools
-import os
 import shutil
-import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fakes import CFGS, Killed, rows
-from hydra import compose, initialize_config_dir
+from fakes import (
+    FakeClips,
+    Killed,
+    die,
+    differences,
+    edit,
+    rows,
+    settings,
+    terminate,
+    terminate_at_once,
+    watch,
+    write_split,
+)
 
-import dmc
 import train_ct
 import utils
 import video
@@ -27,14 +36,7 @@ def film(root, split='train', num_episodes=5, num_contexts=3, seed=0, pose_seed=
     The upper left pixel tells (episode, context, frame), and an action of play (episode, step).
     Poses have nothing to do with any of it.
     """
-    rng = np.random.default_rng(seed)
-    folder = root / split
-    folder.mkdir(parents=True, exist_ok=True)
-    video.write_json(folder / 'meta.json', {
-        'format': utils.FORMAT, 'task': 'fake_walk', 'split': split, 'im_size': SIZE,
-        'episode_len': LENGTH, 'num_contexts': num_contexts, 'num_episodes': num_episodes,
-        'joints': ['hinge', 'slide'], 'expert_sha256': '0', 'quality': dmc.CONTEXT_QUALITY,
-        'versions': utils.versions()})
+    rng, episodes = np.random.default_rng(seed), []
     for i in range(num_episodes):
         place = rng.integers(1, SIZE - 5, (2, 2))
         frames = np.empty((num_contexts, LENGTH + 1, SIZE, SIZE, 3), np.uint8)
@@ -45,9 +47,10 @@ def film(root, split='train', num_episodes=5, num_contexts=3, seed=0, pose_seed=
                 frames[c, t, y:y + 4, x:x + 4] = square
                 frames[c, t, 0, 0] = i, c, t
         qpos = np.random.default_rng([pose_seed, seed, i]).normal(size=(LENGTH + 1, 2))
-        video.write_episode(folder, i, frames, {
+        episodes.append((frames, {
             'qpos': qpos.tolist(), **({'actions': [[i / 10, t / 10] for t in range(LENGTH)]}
-                                      if split.startswith('play') else {'expert_return': 0.0})})
+                                      if split.startswith('play') else {'expert_return': 0.0})}))
+    write_split(root / split, episodes, task='fake_walk', joints=['hinge', 'slide'])
 
 
 def film_all(root, **options):
@@ -66,13 +69,12 @@ def config(data, *overrides, recipe='liu2017'):
     if recipe == 'pose_code':
         overrides = ['code.num_steps=7', 'code.batch_size=8', 'code.window=5', 'model.code_dim=3',
                      *overrides]
-    with initialize_config_dir(str(CFGS), version_base='1.3'):
-        return compose('train_ct', [
-            f'recipe={recipe}', 'task_name=fake_walk', f'data_dir={data}', 'device=cpu',
-            'use_tb=false', 'precision=fp32', 'batch_size=3', 'frames_per_clip=4',
-            'num_train_steps=12', 'log_every=2', 'eval_every=4', 'snapshot_every=3',
-            'num_eval_videos=1', 'lr=1e-3', 'model.channels=[4,6,8,10]', 'model.z_dim=5',
-            'model.hidden=12', *overrides])
+    return settings(
+        'train_ct', f'recipe={recipe}', 'task_name=fake_walk', f'data_dir={data}', 'device=cpu',
+        'use_tb=false', 'precision=fp32', 'batch_size=3', 'frames_per_clip=4',
+        'num_train_steps=12', 'log_every=2', 'eval_every=4', 'snapshot_every=3',
+        'num_eval_videos=1', 'lr=1e-3', 'model.channels=[4,6,8,10]', 'model.z_dim=5',
+        'model.hidden=12', *overrides)
 
 
 def sampler(data, pairs='same_episode', **changes):
@@ -155,10 +157,14 @@ def test_mirrored_pairs_are_mirrored_whole_and_half_of_them(data):
     assert 10 < sum(flips) < 30
 
 
+def leave_measurement_out(patch):
+    """That of codes, which takes seconds."""
+    patch.setattr(train_ct, 'measure_code', lambda *_: {'rank': 0.5})
+
+
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """Leaves out the measurement of codes, which takes seconds."""
-    monkeypatch.setattr(train_ct, 'measure_code', lambda *_: {'rank': 0.5})
+    leave_measurement_out(monkeypatch)
 
 
 @pytest.fixture
@@ -168,19 +174,6 @@ def linear_probe(monkeypatch):
                         lambda size, _, out_dim: torch.nn.Linear(size, out_dim))
 
 
-def die_in_step(monkeypatch, die_at):
-    """The step of that number is killed once its batch is drawn -> the list of steps so far."""
-    update, steps = train_ct.update, []
-
-    def dying(*args):
-        steps.append(args)
-        if len(steps) == die_at:
-            raise Killed
-        update(*args)
-    monkeypatch.setattr(train_ct, 'update', dying)
-    return steps
-
-
 def diverge_from(monkeypatch, step):
     """From that step on the translator's learning rate is far too high."""
     schedule = utils.schedule
@@ -188,20 +181,35 @@ def diverge_from(monkeypatch, step):
         0.3 if spec == 1e-3 and at >= step else schedule(spec, at)))
 
 
-def require_equal(one, other, where=''):
-    """Compare nested dicts and lists of tensors and plain values bit by bit."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            require_equal(one[key], other[key], f'{where}.{key}')
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for i, parts in enumerate(zip(one, other, strict=True)):
-            require_equal(*parts, f'{where}.{i}')
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    else:
-        assert one == other or (one != one and other != other), where
+def load(path):
+    """A snapshot, without the time that it took."""
+    snapshot = utils.load_snapshot(path, 'translator', 'fake_walk')
+    snapshot.pop('elapsed', None)
+    return snapshot
+
+
+@pytest.fixture(scope='module')
+def whole(data, tmp_path_factory):
+    """-> a function of `config`'s arguments: the folder of a run that nothing ended, trained once.
+
+    A code is not measured, see `unmeasured`.
+    """
+    @functools.cache
+    def trained(*overrides, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            leave_measurement_out(patch)
+            folder = tmp_path_factory.mktemp('whole')
+            train(config(data, *overrides, **options), folder)
+        return folder
+    return trained
+
+
+def assert_ended_alike(one, other):
+    """Two runs' folders hold the same, to the bit."""
+    for name in ('snapshot.pt', 'best.pt'):
+        assert differences(load(one / name), load(other / name)) == [], name
+    for name in ('train.csv', 'eval.csv'):
+        assert rows(one / name) == rows(other / name)
 
 
 @pytest.mark.parametrize('recipe, die_at', [
@@ -210,77 +218,49 @@ def require_equal(one, other, where=''):
     ('pose_code', 5), ('pose_code', 8), ('pose_code', 11),
     # in the code's first step, between its snapshots, after one, and in its last step
     ('pose_code', 13), ('pose_code', 15), ('pose_code', 16), ('pose_code', 19)])
-def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(data, tmp_path, monkeypatch,
+def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(data, whole, tmp_path, monkeypatch,
                                                                unmeasured, recipe, die_at):
     cfg = config(data, 'augment_colours=true', recipe=recipe)
-    train(cfg, tmp_path / 'whole')
+    expected = whole('augment_colours=true', recipe=recipe)
     num_steps = 12 if recipe == 'liu2017' else 19
-    steps = die_in_step(monkeypatch, die_at)
+    steps = watch(monkeypatch, train_ct, 'update', die_at, die)
     with pytest.raises(Killed):
-        train(cfg, tmp_path / 'killed')
-    train(cfg, tmp_path / 'killed')
+        train(cfg, tmp_path)
+    train(cfg, tmp_path)
     # resumed from the last snapshot
     assert len(steps) == die_at + num_steps - 3 * ((die_at - 1) // 3)
-
-    for name in ('snapshot.pt', 'best.pt'):
-        whole, again = (utils.load_snapshot(tmp_path / run / name, 'translator', 'fake_walk')
-                        for run in ('whole', 'killed'))
-        whole.pop('elapsed', None), again.pop('elapsed', None)
-        require_equal(whole, again, name)
-    assert whole['step'] == num_steps or recipe == 'liu2017'
-    for name in ('train.csv', 'eval.csv'):
-        assert rows(tmp_path / 'whole' / name) == rows(tmp_path / 'killed' / name)
+    assert_ended_alike(expected, tmp_path)
+    assert load(tmp_path / 'best.pt')['step'] == num_steps or recipe == 'liu2017'
 
 
 # in the translator's steps, before an evaluation, before the code, in its steps, and in the last
 @pytest.mark.parametrize('at', [5, 8, 12, 14, 19])
-def test_an_interrupted_and_resumed_run_ends_as_one_that_ran_through(data, tmp_path, monkeypatch,
-                                                                     unmeasured, at):
-    cfg = config(data, recipe='pose_code')
-    train(cfg, tmp_path / 'whole')
-    update, steps = train_ct.update, []
-
-    def interrupted(*args):
-        steps.append(args)
-        if len(steps) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        update(*args)
-    monkeypatch.setattr(train_ct, 'update', interrupted)
+def test_an_interrupted_and_resumed_run_ends_as_one_that_ran_through(data, whole, tmp_path,
+                                                                     monkeypatch, unmeasured, at):
+    cfg, expected = config(data, recipe='pose_code'), whole(recipe='pose_code')
+    steps = watch(monkeypatch, train_ct, 'update', at, terminate)
     with pytest.raises(utils.Interrupted), utils.raise_interrupts():
-        train(cfg, tmp_path / 'interrupted')
-    train(cfg, tmp_path / 'interrupted')
+        train(cfg, tmp_path)
+    train(cfg, tmp_path)
     assert len(steps) == 19
-    whole, again = (utils.load_snapshot(tmp_path / run / 'best.pt', 'translator', 'fake_walk')
-                    for run in ('whole', 'interrupted'))
-    require_equal(whole, again)
+    assert differences(load(expected / 'best.pt'), load(tmp_path / 'best.pt')) == []
 
 
 @pytest.mark.parametrize('owner, name, saved', [
     (train_ct.Evaluator, '__init__', None), (train_ct.Evaluator, '__call__', 3),
     (FeatureWindows, '__init__', 12), (PoseCode, 'fit_scales', 12),
     (train_ct, 'measure_code', 18)])
-def test_long_work_is_broken_off_at_once_and_done_again(data, tmp_path, monkeypatch, unmeasured,
-                                                        owner, name, saved):
+def test_long_work_is_broken_off_at_once_and_done_again(data, whole, tmp_path, monkeypatch,
+                                                        unmeasured, owner, name, saved):
     cfg = config(data, recipe='pose_code')
-    train(cfg, tmp_path / 'whole')
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError('the signal was held back')
     with (monkeypatch.context() as patch, pytest.raises(utils.Interrupted),
           utils.raise_interrupts()):
-        patch.setattr(owner, name, interrupted)
-        train(cfg, tmp_path / 'broken')
-    path = tmp_path / 'broken/snapshot.pt'
-    assert (utils.load_snapshot(path, 'translator')['step'] if path.exists() else None) == saved
-    train(cfg, tmp_path / 'broken')
-    for file in ('snapshot.pt', 'best.pt'):
-        whole, again = (utils.load_snapshot(tmp_path / run / file, 'translator', 'fake_walk')
-                        for run in ('whole', 'broken'))
-        whole.pop('elapsed', None), again.pop('elapsed', None)
-        require_equal(whole, again, file)
-    for file in ('train.csv', 'eval.csv'):
-        assert rows(tmp_path / 'whole' / file) == rows(tmp_path / 'broken' / file)
+        watch(patch, owner, name, 1, terminate_at_once)
+        train(cfg, tmp_path / 'run')
+    path = tmp_path / 'run/snapshot.pt'
+    assert (load(path)['step'] if path.exists() else None) == saved
+    train(cfg, tmp_path / 'run')
+    assert_ended_alike(whole(recipe='pose_code'), tmp_path / 'run')
 
 
 def test_a_disk_too_small_for_what_is_saved_is_told_before_anything_is_written(data, tmp_path,
@@ -298,14 +278,13 @@ def test_the_code_is_fitted_to_the_best_translator(data, tmp_path, monkeypatch, 
     diverge_from(monkeypatch, 4)
     cfg = config(data, 'snapshot_every=4', recipe='pose_code')
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        die_in_step(patch, 13)
+        watch(patch, train_ct, 'update', 13, die)
         train(cfg, tmp_path)
-    at_best = utils.load_snapshot(tmp_path / 'best.pt', 'translator')
+    at_best = load(tmp_path / 'best.pt')
     assert at_best['step'] == 4
     train(cfg, tmp_path)
-    end, last = (utils.load_snapshot(tmp_path / name, 'translator')
-                 for name in ('best.pt', 'snapshot.pt'))
-    require_equal(end['model'], last['model'])
+    end, last = (load(tmp_path / name) for name in ('best.pt', 'snapshot.pt'))
+    assert differences(end['model'], last['model']) == []
     for key, value in at_best['model'].items():
         # scales, discriminants and all weights of the code are fitted, and nothing else
         assert torch.equal(value, end['model'][key]) != key.startswith('code.'), key
@@ -321,18 +300,16 @@ def test_no_training_reads_the_pose(data, tmp_path, linear_probe):
         assert (video.Clips(root / 'play').episode(0)['qpos']
                 == video.Clips(data / 'play').episode(0)['qpos']) == (name == 'same')
         train(config(root, 'num_train_steps=4', recipe='pose_code'), tmp_path / name / 'run')
-        ends[name] = [utils.load_snapshot(tmp_path / name / 'run' / file, 'translator')
-                      for file in ('best.pt', 'snapshot.pt')]
+        ends[name] = [load(tmp_path / name / 'run' / file) for file in ('best.pt', 'snapshot.pt')]
     for one, other in zip(*ends.values(), strict=True):
-        require_equal(one['model'], other['model'])
+        assert differences(one['model'], other['model']) == []
         assert one['scores']['trans'] == other['scores']['trans']
         assert one['scores']['agreement'] == other['scores']['agreement']
         assert one['scores']['rank'] != other['scores']['rank']
 
 
-def test_what_a_run_with_a_code_leaves(data, tmp_path, unmeasured):
-    cfg = config(data, recipe='pose_code')
-    train(cfg, tmp_path)
+def test_what_a_run_with_a_code_leaves(data, whole, tmp_path):
+    shutil.copytree(whole(recipe='pose_code'), tmp_path, dirs_exist_ok=True)
     scores = rows(tmp_path / 'eval.csv')
     assert [int(row['step']) for row in scores] == [4, 8, 12, 19]
     assert float(scores[-1]['rank']) == 0.5
@@ -340,13 +317,13 @@ def test_what_a_run_with_a_code_leaves(data, tmp_path, unmeasured):
     losses = {int(row['step']): row for row in rows(tmp_path / 'train.csv')}
     assert all(losses[12][name] and not losses[14][name] for name in ('trans', 'rec'))
     assert all(losses[14][f'code_{name}'] for name in ('trans', 'agree', 'forward', 'inverse'))
-    best = utils.load_snapshot(tmp_path / 'best.pt', 'translator', 'fake_walk')
+    best = load(tmp_path / 'best.pt')
     assert best['model_args']['code_dim'] == 3 and best['model_args']['action_dim'] == 2
     assert best['made_by']['recipe'] == 'pose_code' and best['made_by']['num_play'] == 4
     assert best['made_by']['code']['num_steps'] == 7
 
     utils.slim(tmp_path / 'best.pt', tmp_path / 'slim.pt')
-    slim = utils.load_snapshot(tmp_path / 'slim.pt', 'translator', 'fake_walk')
+    slim = load(tmp_path / 'slim.pt')
     assert slim['scores'] == best['scores']
     model = train_ct.ContextTranslator(**slim['model_args'])
     model.load_state_dict(slim['model'])
@@ -354,7 +331,7 @@ def test_what_a_run_with_a_code_leaves(data, tmp_path, unmeasured):
     model.only_answer(torch.device('cpu'), torch.bfloat16)
     assert model.code(model.encode(frames)).shape == (3, LENGTH + 1, 3)
 
-    train(cfg, tmp_path)  # nothing is left to do
+    train(config(data, recipe='pose_code'), tmp_path)  # nothing is left to do
     assert rows(tmp_path / 'eval.csv') == scores
 
 
@@ -376,7 +353,7 @@ def test_codes_are_measured_in_evaluation_mode(data, monkeypatch):
     autocast = torch.autocast('cpu', torch.bfloat16, enabled=False)
     assert train_ct.measure_code(model, 'splits', autocast) == {'rank': 1.0}
     assert model.training and model.code.norm.training
-    require_equal(before, dict(model.state_dict()))
+    assert differences(before, dict(model.state_dict())) == []
 
 
 def test_play_has_its_share_of_a_batch(data, tmp_path, monkeypatch, unmeasured):
@@ -401,13 +378,13 @@ def test_what_a_run_leaves(data, tmp_path):
     assert [int(row['step']) for row in scores] == [4, 8, 12]
     assert [int(row['step']) for row in rows(tmp_path / 'train.csv')] == [2, 4, 6, 8, 10, 12]
     assert len(list((tmp_path / 'eval_video').glob('*.mp4'))) == 3
-    best = utils.load_snapshot(tmp_path / 'best.pt', 'translator', 'fake_walk')
+    best = load(tmp_path / 'best.pt')
     assert float(best['scores']['trans']) == min(float(row['trans']) for row in scores)
     assert 'optimizers' not in best
     assert 'code' not in best['model'] and best['model_args']['code_dim'] is None
 
     utils.slim(tmp_path / 'best.pt', tmp_path / 'slim.pt')
-    slim = utils.load_snapshot(tmp_path / 'slim.pt', 'translator', 'fake_walk')
+    slim = load(tmp_path / 'slim.pt')
     model = train_ct.ContextTranslator(**slim['model_args'])
     model.load_state_dict(slim['model'])
     frames = video.Clips(data / 'train').frames(0)
@@ -431,12 +408,11 @@ def test_frames_that_change_are_drawn_more_often(data):
 def test_the_best_stays_the_best_over_a_resume(data, tmp_path, monkeypatch):
     diverge_from(monkeypatch, 4)
     cfg = config(data, 'num_train_steps=8', 'snapshot_every=4')
-    die_in_step(monkeypatch, 6)
+    watch(monkeypatch, train_ct, 'update', 6, die)
     with pytest.raises(Killed):
         train(cfg, tmp_path)
     train(cfg, tmp_path)
-    best, last = (utils.load_snapshot(tmp_path / name, 'translator')
-                  for name in ('best.pt', 'snapshot.pt'))
+    best, last = (load(tmp_path / name) for name in ('best.pt', 'snapshot.pt'))
     assert best['step'] == 4 and last['step'] == 8
     assert best['scores']['trans'] == last['best']
 
@@ -558,14 +534,13 @@ def test_the_papers_recipe_needs_no_play(tmp_path):
     film(tmp_path)
     film(tmp_path, 'valid', seed=1)
     train(config(tmp_path, 'num_train_steps=1'), tmp_path / 'run')
-    best = utils.load_snapshot(tmp_path / 'run' / 'best.pt', 'translator')
+    best = load(tmp_path / 'run/best.pt')
     assert best['made_by']['num_play'] == 0 and best['made_by']['code'] is None
 
 
 def test_play_that_is_drawn_otherwise_is_refused(data, tmp_path):
     shutil.copytree(data, tmp_path / 'videos')
-    path = tmp_path / 'videos' / 'play' / 'meta.json'
-    video.write_json(path, video.read_json(path) | {'quality': [1, 2, 3]})
+    edit(tmp_path / 'videos/play/meta.json', quality=[1, 2, 3])
     with pytest.raises(UserError, match='videos/play was made with quality='):
         train(config(tmp_path / 'videos', recipe='pose_code'), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
@@ -574,8 +549,7 @@ def test_play_that_is_drawn_otherwise_is_refused(data, tmp_path):
 def test_a_code_is_not_trained_on_videos_without_poses(data, tmp_path):
     shutil.copytree(data, tmp_path / 'videos')
     for split in ('train', 'valid'):
-        path = tmp_path / 'videos' / split / 'meta.json'
-        video.write_json(path, video.read_json(path) | {'mp4_sha256': '0'})
+        edit(tmp_path / 'videos' / split / 'meta.json', mp4_sha256='0')
     with pytest.raises(UserError, match='videos/train holds your own videos'):
         train(config(tmp_path / 'videos', recipe='pose_code'), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
@@ -584,8 +558,7 @@ def test_a_code_is_not_trained_on_videos_without_poses(data, tmp_path):
 def test_too_few_videos_of_ones_own_are_told(tmp_path):
     for split in ('train', 'valid'):
         film(tmp_path, split, num_episodes=1, num_contexts=1)
-        path = tmp_path / split / 'meta.json'
-        video.write_json(path, video.read_json(path) | {'mp4_sha256': '0'})
+        edit(tmp_path / split / 'meta.json', mp4_sha256='0')
     for pairs, words in (('same_episode', 'from_mp4=<folder of several contexts>'),
                          ('random', 'from_mp4=<folder of more videos>')):
         with pytest.raises(UserError, match=words):
@@ -695,7 +668,7 @@ JOINTS = ['slide', 'hinge', 'travel']
 EPISODES = {'train': 40, 'valid': 30, 'play': 40, 'play_valid': 30}
 
 
-class PoseClips:
+class PoseClips(FakeClips):
     """A hinge turns steadily, actions move a slide, and the body travels, which is not to be seen.
 
     A frame is one pixel of four channels that tell (split, episode, context, moment).
@@ -703,26 +676,19 @@ class PoseClips:
 
     def __init__(self, number, num_episodes, num_frames=25):
         rng = np.random.default_rng(number)
-        self.meta = {'joints': JOINTS}
-        self.actions = rng.normal(size=(num_episodes, num_frames - 1))
-        slide = np.pad(self.actions.cumsum(1), ((0, 0), (1, 0))) + rng.normal(
+        actions = rng.normal(size=(num_episodes, num_frames - 1, 1))
+        slide = np.pad(actions[..., 0].cumsum(1), ((0, 0), (1, 0))) + rng.normal(
             size=(num_episodes, 1))
-        self.speed = rng.uniform(-0.3, 0.3, (num_episodes, 1))
-        hinge = rng.uniform(-3, 3, (num_episodes, 1)) + self.speed * np.arange(num_frames)
+        speed = rng.uniform(-0.3, 0.3, (num_episodes, 1))
+        hinge = rng.uniform(-3, 3, (num_episodes, 1)) + speed * np.arange(num_frames)
         self.qpos = np.stack([slide, hinge, 100 * rng.normal(size=slide.shape)], axis=-1)
-        self._frames = np.zeros((num_episodes, 3, num_frames, 1, 1, 4), np.uint8)
-        for axis, index in enumerate(np.indices(self._frames.shape[:3]), start=1):
-            self._frames[..., 0, 0, axis] = index
-        self._frames[..., 0] = number
-
-    def __len__(self):
-        return len(self.qpos)
-
-    def frames(self, i):
-        return self._frames[i]
-
-    def episode(self, i):
-        return {'qpos': self.qpos[i].tolist(), 'actions': self.actions[i][:, None].tolist()}
+        frames = np.zeros((num_episodes, 3, num_frames, 1, 1, 4), np.uint8)
+        for axis, index in enumerate(np.indices(frames.shape[:3]), start=1):
+            frames[..., 0, 0, axis] = index
+        frames[..., 0] = number
+        super().__init__(frames, [{'qpos': pose.tolist(), 'actions': each.tolist()}
+                                  for pose, each in zip(self.qpos, actions, strict=True)],
+                         joints=JOINTS)
 
 
 def pose_splits(*names, **options):

@@ -14,11 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fakes import ROOT, run, start
 
 import utils
 from utils import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_schedule():
@@ -336,19 +335,17 @@ def test_device():
 
 def test_scripts_end_with_one_sentence_and_code_2(tmp_path):
     """Other bad input, without a process for each: tests/test_cfgs.py."""
-    run = subprocess.run([sys.executable, ROOT / 'train.py', 'task=reacher_hrad',
-                          f'hydra.run.dir={tmp_path}/run'], capture_output=True, text=True,
-                         cwd=tmp_path, check=False)
-    assert run.returncode == 2 and not list(tmp_path.iterdir())
-    assert 'Traceback' not in run.stderr
-    [line] = [line for line in run.stderr.splitlines() if line.startswith('error:')]
+    code, _, error = run('train', 'task=reacher_hrad', f'hydra.run.dir={tmp_path}/run',
+                         cwd=tmp_path)
+    assert code == 2 and not list(tmp_path.iterdir())
+    assert 'Traceback' not in error
+    [line] = [line for line in error.splitlines() if line.startswith('error:')]
     assert 'reacher_hrad' in line and 'reacher_hard' in line
 
 
 @pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])
 def test_ctrl_c_while_modules_are_imported(script, tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / f'{script}.py', f'hydra.run.dir={tmp_path}'],
-                               stderr=subprocess.PIPE, text=True)
+    process = start(script, f'hydra.run.dir={tmp_path}')
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
@@ -359,11 +356,10 @@ def test_ctrl_c_while_modules_are_imported(script, tmp_path):
 @pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])
 def test_two_runs_do_not_share_a_folder(script, tmp_path):
     with utils.only_one_at_work(tmp_path):
-        run = subprocess.run([sys.executable, ROOT / f'{script}.py', f'hydra.run.dir={tmp_path}'],
-                             capture_output=True, text=True, check=False, timeout=120)
-    assert run.returncode == 2
+        code, _, error = run(script, f'hydra.run.dir={tmp_path}')
+    assert code == 2
     assert not tmp_path.exists()  # nothing was written, and an empty folder does not stay
-    assert f'error: another process is at work in {tmp_path}: wait for it, or set' in run.stderr
+    assert f'error: another process is at work in {tmp_path}: wait for it, or set' in error
 
 
 def test_imports_run_downward():

@@ -4,30 +4,16 @@ import zlib
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from fakes import FakeEnv, watch, write_split
 
 import utils
 import video
 
 
-class FakeEnv:
-    """Its n-th frame is n everywhere."""
-
-    def __init__(self):
-        self.rendered = 0
-
-    def panels(self, im_size):
-        self.rendered += 1
-        return {'agent': np.full((im_size, im_size, 3), self.rendered - 1, np.uint8)}
-
-
 def make_dataset(root, num=3, **changes):
     """Episodes of 4 steps in 2 contexts; the frames of episode i are all i."""
-    meta = {'format': utils.FORMAT, 'task': 'reacher_hard', 'split': 'train', 'im_size': 8,
-            'episode_len': 4, 'num_contexts': 2, 'num_episodes': num, **changes}
-    video.write_json(root / 'meta.json', meta)
-    for i in range(num):
-        video.write_episode(root, i, np.full((2, 5, 8, 8, 3), i, np.uint8), {'expert_return': i})
-    return root
+    return write_split(root, [(np.full((2, 5, 8, 8, 3), i, np.uint8), {'expert_return': i})
+                              for i in range(num)], **changes)
 
 
 def test_mp4_has_every_frame_in_its_place(tmp_path):
@@ -109,8 +95,10 @@ def test_mse_compares_a_clip_with_one_image():
     assert video.mse(clip[:1], clip) == pytest.approx((0 + 0.04 + 0.16) / 3)
 
 
-def test_recorder(tmp_path):
+def test_recorder(tmp_path, monkeypatch):
     env, recorder = FakeEnv(), video.VideoRecorder(tmp_path)
+    env.reset()
+    filmed = watch(monkeypatch, env, 'panels')
     for _ in range(2):  # the second episode begins anew
         recorder.init(env)
         recorder.record(env)
@@ -120,14 +108,15 @@ def test_recorder(tmp_path):
     recorder.init(env, enabled=False)
     recorder.record(env)
     assert recorder.save('13.mp4') is None
-    assert env.rendered == 6 and not (tmp_path / 'eval_video' / '13.mp4').exists()
+    assert len(filmed) == 6 and not (tmp_path / 'eval_video' / '13.mp4').exists()
 
 
-def test_recorder_without_a_folder_films_nothing():
+def test_recorder_without_a_folder_films_nothing(monkeypatch):
     env, recorder = FakeEnv(), video.VideoRecorder(None)
+    filmed = watch(monkeypatch, env, 'panels')
     recorder.init(env)
     recorder.save('12.mp4')
-    assert env.rendered == 0
+    assert not filmed
 
 
 def test_clips_read_back(tmp_path):
