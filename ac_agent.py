@@ -268,18 +268,20 @@ class Imitation(dmc.Wrapper):
     task's own reset. With one's own videos neither is known: the agent starts where it looks most
     like the demonstration (`find_starts`), in any context of the split's kind.
 
-    Observation: see `Layout`. Targets are what comes after the demonstration's step t or, with
-      timing='nearest', after its moment most like the agent's last frames: then the demonstration
-      waits for an agent that is late.
-    Reward: see `Reward`; tracked is the step after that moment. w_img times the mean squared
-      difference of images, in units of their variance, is added to the distance of features.
+    Observation: see `Layout`. Targets are counted from the demonstration's phase: the agent's own
+      step or, with timing='nearest', that step of the demonstration whose last frames are most like
+      the agent's (of equals the first). Then the demonstration waits for an agent that is late.
+    Reward: see `Reward`; the target is the step after the phase at which the agent acted. w_img
+      times the mean squared difference of images, in units of their variance, is added to the
+      distance of features.
     Horizon: the episode ends with the demonstration, at step T, with discount 0: there is no value
       to bootstrap from. The observation contains the time left, since the value depends on it
       (Pardo et al. 2018).
 
     The reward of the task itself is hidden. With `evaluate`, its sum stands in `episode_info`
-    beside a random policy's from the same start and the mean distance from the targets; and where
-    they are known the expert's, and the translation's PSNR beside that of the agent's first image.
+    beside a random policy's from the same start and the mean distance from the demonstration by the
+    clock; and where they are known the expert's, and the translation's PSNR beside that of the
+    agent's first image.
     """
 
     def __init__(self, env, demos: Demonstrations, layout: Layout, reward: Reward, im_size: int,
@@ -316,7 +318,7 @@ class Imitation(dmc.Wrapper):
         self._features = deque(maxlen=self._layout.num_frames)
         self._features.extend([self._demos.encode(self._frame)] * self._layout.num_frames)
         self._actions = torch.zeros(self._layout.num_actions, *self.action_spec().shape)
-        self._step, self._at = 0, 0
+        self._step, self._phase = 0, 0
         self._source, self._ended = clips[start.sources[0]], False
         if self._evaluate:
             self.episode_info = {'task_return': 0.0, 'random_return': random_return,
@@ -361,14 +363,14 @@ class Imitation(dmc.Wrapper):
             off = self._features[0] - self._translation.features[self._step]
             self.episode_info['distance'] += float(off.square().mean()) / self._horizon
         reward = self._reward()  # for tracking what was seen before the action
-        self._at = self._step if self._timing == 'clock' else self._nearest()
+        self._phase = self._step if self._timing == 'clock' else self._nearest_phase()
         observation = self._observation()
         if self._step == self._horizon or time_step.last():
             self._ended = True
             return dm_env.termination(reward, observation)
         return dm_env.transition(reward, observation)
 
-    def _nearest(self) -> int:
+    def _nearest_phase(self) -> int:
         """Return the demonstration's step at which it is most like the agent's last frames."""
         steps = torch.arange(self._horizon + 1)
         shown = self._layout.history(self._translation.features[None], torch.zeros_like(steps),
@@ -376,17 +378,17 @@ class Imitation(dmc.Wrapper):
         return int((shown - torch.stack(list(self._features))).square().mean((1, 2)).argmin())
 
     def _reward(self) -> float:
-        at = min(self._at + 1, self._horizon)
-        target = self._translation.features[at]
+        step = min(self._phase + 1, self._horizon)
+        target = self._translation.features[step]
         distance = self._reward_of.distance(self._features[0], target)
         if self._w_img:
             distance += (self._w_img / self._image_var
-                         * video.mse(self._frame, self._translation.images[at]))
+                         * video.mse(self._frame, self._translation.images[step]))
         return float(self._reward_of(distance, torch.tensor(self._step / self._horizon)))
 
     def _observation(self) -> np.ndarray:
         targets = self._layout.targets(self._translation.features[None], torch.tensor([0]),
-                                       torch.tensor([self._at]))[0]
+                                       torch.tensor([self._phase]))[0]
         left = torch.tensor([1 - self._step / self._horizon])
         return self._layout.join(torch.stack(list(self._features)), targets, left, self._actions
                                  ).numpy()
@@ -473,7 +475,8 @@ class ACAgent(DrQV2Agent):
     Reward depends only on the observation, and targets not on actions, so the critic's transitions
     can be relabelled (hindsight experience replay, Andrychowicz et al. 2017): a share of each batch
     gets targets, clock and reward of other transitions; another share has as its targets what the
-    agent achieved itself.
+    agent achieved itself. With timing='nearest' targets do depend on actions: those of the next
+    observation are then what another agent saw next, an approximation.
 
     Without targets (`lookahead` is empty) there is nothing to track. The critic's reward is then
     the probability, by a discriminator, that the frames after an action are a demonstration's and
@@ -763,7 +766,7 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
         agent = utils.rebuild(ACAgent, args, made['agent'])
         recipe, repeat, translator_sha256, scale, w_img = (made_by[key] for key in (
             'recipe', 'action_repeat', 'translator_sha256', 'scale', 'w_img'))
-        timing = made_by.get('timing', 'clock')  # runs from before 'nearest' do not say it
+        timing = made_by.get('timing', 'clock')  # older runs do not say it
         layout = [args[key] for key in ('num_frames', 'lookahead', 'num_actions')]
         reward = Reward(args['reward_scale'], args['time_power'], args['w_feature'])
     if 'oracle' in made_by:  # see benchmarks/oracles.py

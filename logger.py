@@ -20,7 +20,7 @@ import utils
 
 KINDS = ('train', 'eval')
 WIDTH = 100  # columns of a line on the console; what does not fit stands in the CSV
-SCORE = '0_score/imitator'  # TensorBoard sorts its tags
+SCORE = '0_score/imitator'  # '0_' puts it first
 # Ends of keys that are the same in each evaluation.
 CONSTANT = ('expert_return', 'random_return', 'psnr_translation', '_copy_first')
 FIRST = ('task_return', 'expert_return', 'random_return', 'episode_reward', 'psnr',

@@ -53,6 +53,8 @@ def check_all_settings(cfg):
              'actions from: set num_play=1 or more.'),
             (agent.relabel + agent.hindsight > 1, f'relabel={agent.relabel} and hindsight='
              f'{agent.hindsight} are shares of one batch: set them to no more than 1 together.'),
+            (cfg.timing == 'nearest' and not agent.lookahead, 'timing=nearest times targets, and '
+             'lookahead=[] leaves none: set timing=clock.'),
             (discriminates and (is_paper or not agent.w_clone), 'lookahead=[] leaves the critic '
              'nothing to track, and a discriminator in its place takes cloning: set '
              'lookahead=[1,3,6,12].'),
@@ -199,6 +201,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     with utils.must_fit(work_dir / 'snapshot.pt', 'start a new run'):
         # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
         scale = last and last['made_by'].get('scale')
+        if last:
+            last['made_by'].setdefault('timing', 'clock')  # older runs do not say it
     demos = Demonstrations(model, splits['train'], scale)
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
     agent = cfg.agent

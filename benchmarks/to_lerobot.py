@@ -37,7 +37,7 @@ except ModuleNotFoundError as missing:  # LeRobot brings all that these import, 
     sys.exit(2)
 
 
-def frame_rate(root: Path) -> int:
+def preview_rate(root: Path) -> int:
     """Return the agent's steps per second, which are the frames per second of a split's preview.
 
     Raises: UserError where there is no preview, or LeRobot does not take its rate.
@@ -75,7 +75,8 @@ def frames(clips: video.Clips, i: int) -> Iterator[dict]:
     and the task."""
     actions = clips.episode(i).get('actions')
     task = clips.meta['task'] + (': play' if actions else '')
-    for t, images in enumerate(clips.frames(i).swapaxes(0, 1)[:actions and len(actions)]):
+    num_steps = len(actions) if actions else None
+    for t, images in enumerate(clips.frames(i).swapaxes(0, 1)[:num_steps]):
         frame = {f'observation.images.context_{k}': image for k, image in enumerate(images)}
         if actions:
             frame['action'] = np.asarray(actions[t], np.float32)
@@ -87,7 +88,7 @@ def export(clips: video.Clips, out: Path, dataset_class, fps: int, images: bool 
 
     Args:
       dataset_class: `LeRobotDataset`.
-      fps, images: see `frame_rate` and `features`.
+      fps, images: see `preview_rate` and `features`.
     """
     tmp = out.with_name(f'.tmp-{out.name}')
     shutil.rmtree(tmp, ignore_errors=True)  # of an export that was killed
@@ -126,7 +127,7 @@ def main():
     if clips.meta['im_size'] < 32 and not args.images:
         raise UserError(f"{args.videos} holds images of {clips.meta['im_size']} pixels, and the "
                         'video encoder takes 32 or more: add --images.')
-    fps = args.fps or frame_rate(args.videos)
+    fps = args.fps or preview_rate(args.videos)
     try:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
     except ImportError as error:

@@ -53,9 +53,9 @@ def start(script: str, *arguments, **options) -> subprocess.Popen:
 
 def run(script: str, *arguments, **options) -> tuple[int, str, str]:
     """Run a script in a process of its own; return its exit code, output and errors."""
-    process = start(script, *arguments, **options)
-    out, error = process.communicate(timeout=120)
-    return process.returncode, out, error
+    done = subprocess.run([sys.executable, ROOT / f'{script}.py', *arguments], text=True,
+                          capture_output=True, timeout=120, check=False, **options)
+    return done.returncode, done.stdout, done.stderr
 
 
 def wait_until(condition, seconds: float = 120):
@@ -112,9 +112,9 @@ def rows(path: Path) -> list[dict[str, str]]:
                 for row in csv.DictReader(file)]
 
 
-def agent_of(work_dir: Path) -> dict:
-    """Return the state of the agent in a run's snapshot."""
-    return utils.load_snapshot(work_dir / 'snapshot.pt', None)['agent']
+def agent_of(work_dir: Path, kind: str) -> dict:
+    """Return the state of the agent in a run's snapshot, an 'expert' or an 'imitator'."""
+    return utils.load_snapshot(work_dir / 'snapshot.pt', kind)['agent']
 
 
 def leaves(tree, path: tuple = ()) -> dict:
@@ -129,8 +129,8 @@ def leaves(tree, path: tuple = ()) -> dict:
 def differences(one, other) -> list[tuple]:
     """Return the paths at which two trees are not equal to the bit."""
     def equal(a, b) -> bool:
-        if torch.is_tensor(a) and torch.is_tensor(b):
-            return torch.equal(a, b)
+        if torch.is_tensor(a) or torch.is_tensor(b):
+            return torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
         return a == b or a != a and b != b
     one, other, missing = leaves(one), leaves(other), object()
     return [path for path in one.keys() | other.keys()

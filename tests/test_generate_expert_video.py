@@ -228,8 +228,9 @@ def test_goes_on_where_it_stopped_and_play_can_follow(dataset, snapshot, tmp_pat
     (train / 'episode_00001.npy').write_bytes(b'of another time')
     (train / '.tmp-episode_00002.npy').write_bytes(b'cut')
     play = out_dir / 'play'
-    (play / 'episode_00000.json').unlink()
-    (play / 'episode_00000.npy').unlink()
+    for i in range(2):
+        (play / f'episode_{i:05d}.json').unlink()
+        (play / f'episode_{i:05d}.npy').unlink()
     shutil.rmtree(out_dir / 'play_valid')  # was not asked for
     script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_workers=1'))
     assert contents(out_dir) == contents(dataset)

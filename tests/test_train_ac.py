@@ -142,13 +142,14 @@ def make(cfg, work_dir, overlap=False):
 
 def learned_alike(one, other):
     """Whether the agents of two runs are in the same state, to the bit."""
-    return not differences(agent_of(one), agent_of(other))
+    return not differences(agent_of(one, 'imitator'), agent_of(other, 'imitator'))
 
 
 # ------------------------------------------------------------------------------ runs
 
 # The third also relabels, as its recipe says; the last has a discriminator.
-VARIANTS = [('liu2017', {}), ('pose_code', {}), ('pose_code', {'w_critic': 1.0}),
+VARIANTS = [('liu2017', {}), ('pose_code', {}),
+            ('pose_code', {'w_critic': 1.0, 'timing': 'nearest'}),
             ('pose_code', {'w_critic': 1.0, 'lookahead': [], 'num_actions': 2})]
 
 
@@ -164,7 +165,7 @@ def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, whole, 
     assert 0 < resumed.global_step < 58
     resumed.train()
     assert learned_alike(whole, tmp_path / 'killed')
-    agent = agent_of(whole)
+    agent = agent_of(whole, 'imitator')
     assert agent['num_updates'] > 50
     assert ('inverse' in agent) == ('inverse_opt' in agent) == (recipe == 'pose_code')
     for name in ('train.csv', 'eval.csv'):
@@ -359,9 +360,24 @@ def test_made_by_says_what_it_was_made_of(cfg, tmp_path):
     made_by = make(cfg, tmp_path / 'run').made_by
     assert made_by['translator_sha256'] == utils.sha256(cfg.snapshot)
     assert (made_by['recipe'], made_by['num_demos'], made_by['num_play']) == ('pose_code', 2, 2)
+    assert made_by['timing'] == cfg.timing == 'clock'
     cfg.merge_with({'num_demos': 1, 'num_play': 1})
     made_by = make(cfg, tmp_path / 'other').made_by
     assert (made_by['num_demos'], made_by['num_play']) == (1, 1)
+
+
+def test_runs_from_before_there_was_a_choice_go_by_the_clock(cfg, tmp_path):
+    workspace = make(cfg, tmp_path)
+    workspace.save_snapshot()
+    older = utils.load_snapshot(tmp_path / 'snapshot.pt', 'imitator')
+    del older['made_by']['timing']
+    torch.save(older, tmp_path / 'snapshot.pt')
+    make(cfg, tmp_path)
+    ac_agent.load_imitator(tmp_path / 'snapshot.pt', cfg.snapshot, f'{cfg.data_dir}/valid',
+                           'reacher_hard')
+    cfg.merge_with({'timing': 'nearest'})
+    with pytest.raises(UserError, match='timing=clock, not nearest'):
+        make(cfg, tmp_path)
 
 
 # ------------------------------------------------------------------------------ videos of one's own
@@ -440,18 +456,19 @@ def test_an_oracle_learns_and_is_taken_for_no_imitator(cfg, tmp_path, monkeypatc
 
 
 def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_path, monkeypatch):
-    imported.merge_with({'num_demos': 1, 'num_eval_demos': 1})
+    monkeypatch.setattr(ac_agent, 'find_starts', lambda env, demos: [7, 8])
     workspace = make(imported, tmp_path / 'run')
     translated = watch(monkeypatch, Demonstrations, 'translate')
     resets = watch(monkeypatch, dmc.SuiteEpisodes, 'reset')
     for env, kind in ((workspace.train_env, 'seen'), (workspace.eval_env, 'held_out')):
-        seeds, looks = set(), []
-        for seed in (0, 0, 1):
+        demos, looks = [], []
+        for seed in (0, 0, 1, 2, 3, 4, 5):
             env.reset(episode_seed=seed)
-            assert translated[-1][0][2] == [0]  # the sources
-            seeds.add(env.start_seed)
+            _, demo, sources, *_ = translated[-1][0]
+            assert sources == [0] and env.start_seed == {0: 7, 1: 8}[demo]
+            demos.append(demo)
             looks.append(resets[-1][1]['context'])
-        assert len(seeds) == 1
+        assert set(demos) == {0, 1}
         assert np.array_equal(looks[0], looks[1]) and not np.array_equal(looks[0], looks[2])
         assert {contexts.Scenery(SCENERY).kind_of(look) for look in looks} == {kind}
 
@@ -524,6 +541,8 @@ def no_filming(monkeypatch):
     ({'w_critic': 1, 'lookahead': [], 'nstep': 3}, 'nstep=1 w_img=0'),
     ({'w_critic': 1, 'lookahead': [], 'w_img': 1}, 'nstep=1 w_img=0'),
     ({'num_actions': -1}, 'set num_actions=0'),
+    ({'timing': 'soon'}, 'one of clock, nearest'),
+    ({'timing': 'nearest', 'lookahead': []}, 'set timing=clock'),
     ({'w_critic': 1, 'nstep': 3}, 'set nstep=1'),
     ({'lr': 'linear(1e-3,1e-4,20000)'}, 'set lr=1e-3'), ({'lr': 0}, 'set lr=1e-3'),
     ({'lookahead': [0, 1]}, r'lookahead=\[1,3'), ({'lookahead': [1, -3]}, r'lookahead=\[1,3'),
