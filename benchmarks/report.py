@@ -94,7 +94,7 @@ class Run(NamedTuple):
     @property
     def steps(self) -> np.ndarray:
         """Agent steps before each evaluation; a resumed run's may come a few later than is due."""
-        frames, every = self.curve['frame'], self.cfg.eval_every_frames
+        frames, every = self.curve['frame'], self.cfg.get('eval_every_frames') or 1
         due = np.round(frames / every) * every
         frames = np.where(np.abs(frames - due) < every / 100, due, frames)
         return (frames / self.made_by['action_repeat']).astype(int)

@@ -56,6 +56,13 @@ def write_run(folder, seed=2, task='reacher_hard', sha256='1234567890abcdef', ma
     return folder
 
 
+def test_evaluations_of_a_resumed_run_count_as_when_they_were_due(tmp_path):
+    folder = write_run(tmp_path / 'a', eval_every_frames=5000)
+    (folder / 'eval.csv').write_text(
+        f'{CURVE}\n0,0,40,0,30,20,0\n5008,10,40,0,30,20,60\n8000,28,40,0,30,20,120\n')
+    assert report.read(folder).steps.tolist() == [0, 2500, 4000]
+
+
 def rows(tasks):
     return [[cell.strip() for cell in line.strip('|').split('|')]
             for line in report.main_table(tasks).splitlines()[2:]]
