@@ -533,6 +533,12 @@ def test_ctrl_c_while_modules_are_imported(snapshot, tmp_path, starting):
                 if b'spawn_main' in Path(f'/proc/{pid}/cmdline').read_bytes()]
     if starting == 'workers':
         wait_until(lambda: process.poll() is not None or len(spawned()) == 2)
+
+    def blocked():  # from here on imports go on; before, Python itself is starting
+        status = Path(f'/proc/{process.pid}/status').read_text()
+        return int(status.split('SigBlk:')[1].split()[0], 16) >> signal.SIGINT - 1 & 1
+    if starting == 'main':
+        wait_until(blocked)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=120)
