@@ -46,7 +46,7 @@ PY = .venv/bin/python
 .DELETE_ON_ERROR:
 
 test: .venv
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 lint: .venv
 	.venv/bin/ruff check .

@@ -13,10 +13,12 @@ random play depend on (seed, split, i) alone, an imitator's play on the imitator
 number of workers does not change the dataset, and an interrupted generation can go on or be
 extended.
 """
+import gc
 import signal
 
-if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+if __name__ == '__main__':  # the imports below take seconds; utils.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    gc.disable()
 
 import functools
 import hashlib

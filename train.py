@@ -3,10 +3,12 @@
 `Workspace` is the project's only RL loop: act, step, store, update, log, evaluate, snapshot and
 resume. The imitator (train_ac.py) runs in it as well.
 """
+import gc
 import signal
 
-if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+if __name__ == '__main__':  # the imports below take seconds; utils.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    gc.disable()
 
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path

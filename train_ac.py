@@ -3,10 +3,12 @@
 The loop is train.py's `Workspace`; here stands what it is given, all of it from ac_agent.py:
 demonstrations with the translator at work on them, the imitation environment and the `ACAgent`.
 """
+import gc
 import signal
 
-if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+if __name__ == '__main__':  # the imports below take seconds; utils.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    gc.disable()
 
 import ctypes
 import subprocess

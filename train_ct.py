@@ -6,17 +6,19 @@ as they are and are worked out once. The folder of the run gets snapshot.pt, to 
 best.pt, which is the one to use: the translator with the lowest loss on held-out episodes in
 held-out contexts, with its code.
 """
+import gc
 import signal
 
-if __name__ == '__main__':  # until utils.raise_interrupts: the imports below take seconds
+if __name__ == '__main__':  # the imports below take seconds; utils.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    gc.disable()
 
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
+import scipy  # scipy.stats is loaded when it is first used
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

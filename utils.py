@@ -5,6 +5,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import itertools
@@ -65,6 +66,8 @@ def main(config_name: str, task_names: Sequence[str], check: Callable):
                 script(cfg)
 
         def run():
+            gc.freeze()  # modules stay: looking through them again takes 0.3 s at exit
+            gc.enable()
             with exit_on_user_error():
                 sys.argv[1:] = with_own_options(sys.argv[1:])
                 args = read_arguments(sys.argv[1:])

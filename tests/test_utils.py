@@ -1,6 +1,7 @@
 import ast
 import errno
 import functools
+import gc
 import graphlib
 import os
 import pickle
@@ -16,6 +17,7 @@ import pytest
 import torch
 from fakes import ROOT, run, start
 
+import train
 import utils
 from utils import UserError
 
@@ -341,6 +343,18 @@ def test_scripts_end_with_one_sentence_and_code_2(tmp_path):
     assert 'Traceback' not in error
     [line] = [line for line in error.splitlines() if line.startswith('error:')]
     assert 'reacher_hrad' in line and 'reacher_hard' in line
+
+
+def test_garbage_is_collected_again_once_modules_are_imported(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--help'])
+    gc.unfreeze()
+    gc.disable()  # as the script does at its head
+    try:
+        train.main()
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 @pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])
