@@ -353,7 +353,6 @@ def test_garbage_is_collected_again_once_modules_are_imported(monkeypatch):
         train.main()
         assert gc.isenabled() and gc.get_freeze_count() > 0
     finally:
-        gc.unfreeze()
         gc.enable()
 
 
