@@ -6,13 +6,14 @@ from the worst to the best (`--show 1`: the median) into SNAPSHOT's .mp4, or `--
 .gif. An imitator meets held-out demonstrations, as in training; what it shows are episodes in which
 there was something to do, where the expert does better than a random policy.
 
-Without a snapshot it plays each experts/<task>.pt, and what stands in experts/states/, the experts
-from states that others from pixels replaced; over 20 episodes or more, it writes experts/README.md
-and demo/expert/<task>.gif as well.
+Without a snapshot it plays each experts/<task>.pt; over 20 episodes or more, it writes
+experts/README.md, where returns seen on other CPUs stay, and demo/expert/<task>.gif as well.
 """
 import argparse
 import itertools
 import math
+import platform
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,6 +41,9 @@ BARS = {'reacher_hard': 920, 'finger_spin': 850, 'finger_turn_easy': 900, 'walke
         'cheetah_run': 700, 'reacher_easy': 940, 'cup_catch': 940, 'cartpole_swingup': 830,
         'hopper_stand': 850, 'walker_run': 550}
 MISSED = '(not reached)'
+COLUMNS = ['task', 'obs', 'frames', 'time', 'machine', 'return', 'bar', 'random',
+           'DrQ-v2, same frames', 'DrQ-v2, end', 'command', 'versions', 'sha256']
+RETURN = COLUMNS.index('return')
 SEED = 2026  # of episodes that no training run was judged by
 MOST_FRAMES = {'.mp4': 250, '.gif': 30}  # of an episode; of more, every second, third, ...
 
@@ -55,8 +59,24 @@ def table(names: list[str], rows: Iterable[Iterable] = ()) -> str:
 
 
 def shipped() -> list[Path]:
-    """All weights under experts/, by task; where there are two, those to be used come first."""
-    return sorted((ROOT / 'experts').rglob('*.pt'), key=lambda path: (path.stem, len(path.parts)))
+    """Return the paths of all weights in experts/, by task."""
+    return sorted((ROOT / 'experts').glob('*.pt'))
+
+
+def cpu_name() -> str:
+    """Return this processor's name, and AMX where it has that, since it rounds otherwise then."""
+    info = Path('/proc/cpuinfo').read_text()
+    name = re.search(r'model name\s*: (.*)', info)
+    name = re.sub(r'\(R\)|\(TM\)|Processor|\s+', ' ', name[1]) if name else platform.machine()
+    return ' '.join(name.split()) + (' with AMX' if 'amx_bf16' in info else '')
+
+
+def seen_on(returns: np.ndarray, earlier: str = '') -> str:
+    """Return the table's cell of returns, one figure for each CPU; `earlier`, the same file's cell,
+    keeps those of the other CPUs."""
+    figures = dict(re.findall(r'(?:^|; )([^;:]+): ([^;]+)', earlier))
+    figures[cpu_name()] = f'**{returns.mean():.0f}** ± {returns.std():.0f}'
+    return '; '.join(f'{name}: {figure}' for name, figure in sorted(figures.items()))
 
 
 class Player(NamedTuple):
@@ -210,8 +230,9 @@ def official(task: str, frames: int) -> tuple[str, str]:
             f"{end['mean']:.0f} at {end['frame'] / 1e6:.1f}M")
 
 
-def line(path: Path, num_episodes: int) -> list[str]:
-    """Play, print what came of it, and return the cells of the table's row."""
+def line(path: Path, num_episodes: int, earlier: list[list[str]] = ()) -> list[str]:
+    """Play, print what came of it, and return the cells of the table's row; `earlier`: its rows as
+    they stand."""
     made = utils.load_snapshot(path, 'expert', path.stem)
     env_args = made['made_by']['env_args']
     expert, rand = evaluate(path, num_episodes)
@@ -220,15 +241,17 @@ def line(path: Path, num_episodes: int) -> list[str]:
     bar = BARS.get(path.stem)
     # older snapshots have no command
     default = f"train.py task={path.stem} obs={env_args['obs']} seed={made['made_by']['seed']}"
+    digest = f'`{utils.sha256(path)[:16]}`'
+    returns = seen_on(expert, *(row[RETURN] for row in earlier if row[-1] == digest))
+    is_missed = bar and min(map(int, re.findall(r'\*\*(\d+)\*\*', returns))) < bar
     cells = [path.stem, env_args['obs'], f'{frames:,}' if frames else '',
              f"{made['elapsed'] / 60:.0f} min" if 'elapsed' in made else '',
-             made.get('machine', ''), f'**{expert.mean():.0f}** ± {expert.std():.0f}',
-             f"{bar or ''}{f' {MISSED}' if bar and expert.mean() < bar else ''}",
+             made.get('machine', ''), returns, f"{bar or ''}{f' {MISSED}' if is_missed else ''}",
              f'{rand.mean():.0f}',
              at_frames if frames else '', at_end,
              f"`{made.get('command') or default}`",
              ', '.join(f'{name} {version}' for name, version in made['versions'].items()),
-             f'`{utils.sha256(path)[:16]}`']
+             digest]
     print(f"{path.stem} from {env_args['obs']}: {expert.mean():.1f} +- {expert.std():.1f}, "
           f'lowest {expert.min():.0f}; random {rand.mean():.1f}', flush=True)
     return cells
@@ -236,26 +259,26 @@ def line(path: Path, num_episodes: int) -> list[str]:
 
 def write_table(num_episodes: int):
     """Play all that is shipped; over 20 episodes or more, write experts/README.md and pictures."""
-    names = ['task', 'obs', 'frames', 'time', 'machine', 'return', 'bar', 'random',
-             'DrQ-v2, same frames', 'DrQ-v2, end', 'command', 'versions', 'sha256']
-    lines = [line(path, num_episodes) for path in shipped()]
+    target = ROOT / 'experts/README.md'
+    earlier = [row.strip('| ').split(' | ') for row in target.read_text().splitlines()
+               if row.startswith('| ')]
+    lines = [line(path, num_episodes, earlier) for path in shipped()]
     if num_episodes < 20:
         return
     text = ('# Trained experts\n\n'
             'Made by `python benchmarks/evaluate.py`: return over '
             f'{num_episodes} episodes of 1000 frames, mean ± standard deviation, of the '
-            'deterministic policy. "bar" is what it should reach; "frames" is how far the run had '
-            'come, whether or not it was to go on. DrQ-v2 learns from pixels, with '
-            'action_repeat=2: its figures are means over the seeds of its published curves, at the '
-            'same number of frames and at their end. Where machine and command were not kept yet, '
-            'the first is blank and the second put together from task, obs and seed. '
-            '"sha256" is the first 16 digits of the file\'s. Where a task has two, the expert from '
-            'pixels is `experts/<task>.pt`, and the one from states that it replaced is in '
-            '`experts/states/`.\n\n'
-            f'{table(names, lines)}\n')
-    with utils.atomic_write(ROOT / 'experts/README.md') as tmp:
+            'deterministic policy, on each CPU where it was played, since they round differently. '
+            '"bar" is what it should reach; "frames" is how far the run had come, whether or not '
+            'it was to go on. DrQ-v2 learns from pixels, with action_repeat=2: its figures are '
+            'means over the seeds of its published curves, at the same number of frames and at '
+            'their end. Where machine and command were not kept yet, the first is blank and the '
+            'second put together from task, obs and seed. "sha256" is the first 16 digits of the '
+            "file's.\n\n"
+            f'{table(COLUMNS, lines)}\n')
+    with utils.atomic_write(target) as tmp:
         tmp.write_text(text)
-    for path in (ROOT / 'experts').glob('*.pt'):
+    for path in shipped():
         video.save(ROOT / f'demo/expert/{path.stem}.gif', preview(path), fps=15)
 
 
