@@ -8,14 +8,14 @@ each fault, how often it was tried, and how it ended:
     undetected  other results, and nobody was told
     failed      a traceback, a hang, or a run that was lost
 
-The last two must be 0. Takes about a quarter of an hour on two cores.
+The last two must be 0. A full disk is tried where this user may mount one: as root.
 """
 import argparse
 import contextlib
+import functools
 import os
 import pickle
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +24,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dm_env
@@ -290,6 +291,25 @@ def disturbed(command: list[str], whole: bytes, seconds: float, folder: Path, rn
     return counts
 
 
+def intruded(command: list[str], out: Path) -> Counter:
+    """Run in a folder where another process, this one, is at work."""
+    with utils.only_one_at_work(out):
+        process = start(command, out)
+        return Counter([judge(process, finish(process), 2, 'another process')])
+
+
+def diverged(command: list[str], out: Path) -> Counter:
+    """Run with a learning rate that makes the weights nan."""
+    process = start(command, out)
+    return Counter([judge(process, finish(process), 2, 'nan or infinite')])
+
+
+def full_disks(command: list[str], whole: bytes, folder: Path, size: int) -> Counter:
+    """Run where the disk is full after shares of what a run writes, `size` bytes."""
+    return sum((full_disk(command, whole, folder.with_name(f'{folder.name}_{share}'),
+                          int(share * size)) for share in (0.3, 0.7, 1.0, 1.5)), Counter())
+
+
 def full_disk(command: list[str], whole: bytes, folder: Path, size: int) -> Counter:
     """Run on a file system of `size` bytes, and go on once there is room.
 
@@ -350,26 +370,24 @@ def campaign(folder: Path, rng: random.Random):
         read, files = ring(folder / f'ring{num_episodes}', num_episodes)
         yield f'replay buffer, {num_episodes} episodes: flipped bits, cuts', sum(
             (damage(path, read, rng, 60) for path in files), Counter())
+    # Processes are disturbed two at a time: one for each core.
+    jobs = {}
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         for name, command in scripts.items():
-            yield f'{command[0]}: {number.name} at three moments', disturbed(
-                command, wholes[name], seconds[name], folder / f'{name}_{number.name}', rng, number)
+            jobs[f'{command[0]}: {number.name} at three moments'] = functools.partial(
+                disturbed, command, wholes[name], seconds[name],
+                folder / f'{name}_{number.name}', random.Random(rng.random()), number)
     for name, command in scripts.items():
-        out = folder / 'held'
-        with utils.only_one_at_work(out):
-            process = start(command, out)
-            yield f'{command[0]}: another process in its folder', Counter(
-                [judge(process, finish(process), 2, 'another process')])
-        shutil.rmtree(out, ignore_errors=True)
-        counts = sum((full_disk(command, wholes[name], folder / f'full_{name}_{share}',
-                                int(share * sizes[name])) for share in (0.3, 0.7, 1.0, 1.5)),
-                     Counter())
-        yield f'{command[0]}: full disk{"" if counts else " (not tried: no mount)"}', counts
+        jobs[f'{command[0]}: another process in its folder'] = functools.partial(
+            intruded, command, folder / f'held_{name}')
+        jobs[f'{command[0]}: full disk'] = functools.partial(
+            full_disks, command, wholes[name], folder / f'full_{name}', sizes[name])
     for name in ('train', 'train_ct', 'train_ac'):
         rate = 'code.lr=1e30' if name == 'train_ct' else 'lr=1e30'
-        process = start([*scripts[name], rate, 'precision=fp32'], folder / f'nan_{name}')
-        yield f'{scripts[name][0]}: weights become nan', Counter(
-            [judge(process, finish(process), 2, 'nan or infinite')])
+        jobs[f'{scripts[name][0]}: weights become nan'] = functools.partial(
+            diverged, [*scripts[name], rate, 'precision=fp32'], folder / f'nan_{name}')
+    with ThreadPoolExecutor(2) as pool:
+        yield from zip(jobs, pool.map(lambda job: job(), jobs.values()), strict=True)
 
 
 def main():
