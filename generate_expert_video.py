@@ -409,8 +409,11 @@ def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
     """Processes that take `make_episode`."""
     # They keep the cores busy: threads of software OpenGL would only be in their way.
     os.environ.setdefault('LP_NUM_THREADS', '0')
-    return ProcessPoolExecutor(num_workers, multiprocessing.get_context('spawn'), start_worker,
-                               (cfg,))
+    # They are forked from a process that has imported the modules, once for all of them. It has no
+    # OpenGL and no threads, with which a fork would not be safe.
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([start_worker.__module__])
+    return ProcessPoolExecutor(num_workers, context, start_worker, (cfg,))
 
 
 def film_all(cfg, jobs: list[tuple[str, int]], total: int):

@@ -492,8 +492,10 @@ def test_a_fifth_of_ones_videos_is_held_out(tmp_path, num, overrides, counts):
     assert len(set(names)) == len(names) == sum(counts)
 
 
-def children(pid):
-    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+def descendants(pid):
+    """Process ids of its children, of their children, and so on."""
+    children = map(int, Path(f'/proc/{pid}/task/{pid}/children').read_text().split())
+    return [other for child in children for other in (child, *descendants(child))]
 
 
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGKILL])
@@ -502,7 +504,7 @@ def test_interrupted(snapshot, tmp_path, sig):
                     f'snapshot={snapshot}', f'out_dir={tmp_path / "videos"}', cwd=tmp_path)
     wait_until(lambda: process.poll() is not None or list(tmp_path.rglob('episode_*.json')))
     assert process.poll() is None, process.stderr.read()
-    workers = children(process.pid)
+    workers = descendants(process.pid)
     process.send_signal(sig)
     _, error = process.communicate(timeout=60)
     wait_until(lambda: not any(Path(f'/proc/{pid}').exists() for pid in workers))
@@ -519,20 +521,20 @@ def test_interrupted(snapshot, tmp_path, sig):
         assert 'to resume: python generate_expert_video.py task=' in error
         assert 'Traceback' not in error and not list(tmp_path.rglob('.tmp-*'))
     assert json.loads((root / 'meta.json').read_text())['num_episodes'] == 400
-    assert len(workers) >= 2 and os.getpid() not in workers
+    assert len(workers) >= 3 and os.getpid() not in workers
 
 
 @pytest.mark.parametrize('starting', ['main', 'workers'])
 def test_ctrl_c_while_modules_are_imported(snapshot, tmp_path, starting):
-    """A terminal sends it to the workers as well."""
+    """A terminal sends it to all processes, also to the one from which the workers are forked."""
     process = start('generate_expert_video', *SIZES, 'num_workers=2', f'snapshot={snapshot}',
                     f'out_dir={tmp_path / "videos"}', cwd=tmp_path, start_new_session=True)
 
-    def spawned():
-        return [pid for pid in children(process.pid)
-                if b'spawn_main' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+    def has_forkserver():
+        return any(b'forkserver' in Path(f'/proc/{pid}/cmdline').read_bytes()
+                   for pid in descendants(process.pid))
     if starting == 'workers':
-        wait_until(lambda: process.poll() is not None or len(spawned()) == 2)
+        wait_until(lambda: process.poll() is not None or has_forkserver())
 
     def blocked():  # from here on imports go on; before, Python itself is starting
         status = Path(f'/proc/{process.pid}/status').read_text()
