@@ -90,7 +90,7 @@ def moments(episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, offset
 
 
 class Reward(NamedTuple):
-    """How tracking is rewarded, in the environment and where transitions are relabelled.
+    """The tracking reward, in the environment and where transitions are relabelled.
 
     With `scale` s it is (t/T)^time_power * exp(-d / s), in [0, 1]: beyond a few s it is about 0
     (Peng et al. 2018, section 5). Without one it is -(t/T)^time_power * d (Liu et al. 2017, section
@@ -175,7 +175,7 @@ class Demonstrations:
                        for i in range(min(len(self), num_episodes))])
         return z.mean(0).tolist(), float(z.var(0).mean().sqrt())
 
-    def _features(self, z: torch.Tensor) -> torch.Tensor:
+    def features_of(self, z: torch.Tensor) -> torch.Tensor:
         """Return features (..., D) of z1 or z3 (..., Z)."""
         z = self._model.code(z) if self._model.code else z.float()
         return (z - self._mean) / self.scale[1]
@@ -192,13 +192,13 @@ class Demonstrations:
     def encode(self, frame: np.ndarray) -> torch.Tensor:
         """Return the features, float32 (D,), of a frame, uint8 (H, W, 3)."""
         frames = torch.from_numpy(frame).to(self._device)[None]
-        return self._features(self._model.encode(frames))[0].cpu()
+        return self.features_of(self._model.encode(frames))[0].cpu()
 
     @torch.no_grad()
     def features(self) -> torch.Tensor:
         """Return the features of all episodes, the mean over their contexts: float32
         (N, T+1, D)."""
-        return torch.stack([self._features(self._encode(i)).mean(0).cpu()
+        return torch.stack([self.features_of(self._encode(i)).mean(0).cpu()
                             for i in range(len(self))])
 
     @torch.no_grad()
@@ -213,13 +213,13 @@ class Demonstrations:
         z, decoded = self._encode(i)[sources], None                                # (n, T+1, Z)
         shape, code = z.shape[:2], self._model.code
         if code:
-            features = self._features(z)
+            features = self.features_of(z)
         if images or not code:
             context = self._model.context(torch.from_numpy(first).to(self._device)[None])
             # The n videos share the context: to the translator they are one clip of n (T+1) frames.
             z = self._model.translate(z.flatten(0, 1)[None], context)         # (1, n (T+1), Z)
             if not code:
-                features = self._features(z[0].unflatten(0, shape))
+                features = self.features_of(z[0].unflatten(0, shape))
         if images:
             decoded = self._model.decode(z, context)[0].unflatten(0, shape)
             decoded = to_uint8(decoded.mean(0)).cpu().numpy()
@@ -232,7 +232,7 @@ class Demonstrations:
 
 
 class Start(NamedTuple):
-    """How an imitator's episode begins."""
+    """The start of an imitator's episode."""
 
     seed: int                 # of the task's own reset
     context: np.ndarray       # (DIM,), the agent's
@@ -303,7 +303,7 @@ class Imitation(dmc.Wrapper):
         return self._spec
 
     def reset(self, episode_seed: int | None = None):
-        """Draw a demonstration and a context: which ones is a pure function of the seed."""
+        """Begin an episode; its demonstration and its context depend on the seed alone."""
         rng = self._rng if episode_seed is None else np.random.default_rng(episode_seed)
         i = int(rng.integers(len(self._demos)))
         demo, clips, start = (self._demos.clips.episode(i), self._demos.clips.frames(i),
@@ -396,7 +396,7 @@ class Imitation(dmc.Wrapper):
     def panels(self, im_size: int) -> dict[str, np.ndarray]:
         """Return what a video of the episode shows side by side: caption -> uint8 (H, W, 3).
 
-        All are of the translator's size, whatever `im_size` is.
+        Images have the translator's size; `im_size` is ignored.
         """
         return {'expert, source context': self._source[self._step],
                 'translation': self._translation.images[self._step],
@@ -520,10 +520,10 @@ class ACAgent(DrQV2Agent):
         self._w_critic, self._w_clone, self._max_shift = w_critic, w_clone, max_shift
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
         self._relabel, self._hindsight, self._discount = relabel, hindsight, discount
-        self._discriminates = bool(w_critic and w_clone and not lookahead)
+        self.discriminates = bool(w_critic and w_clone and not lookahead)
         # without targets it does not learn from the loop's reward
         self.pursues_reward = bool(lookahead)
-        if self._discriminates:
+        if self.discriminates:
             # Half of the critic's steps are play's, or more. With layer normalisation it does not
             # overestimate actions absent from play (Ball et al. 2023).
             self.mlp = normed_mlp
@@ -535,7 +535,7 @@ class ACAgent(DrQV2Agent):
             self.policy, self.labeller = (copy.deepcopy(net).requires_grad_(False)
                                           for net in (self.actor, self.inverse))
             self._parts = (*self._parts, 'policy', 'inverse', 'inverse_opt', 'labeller')
-            if self._discriminates:
+            if self.discriminates:
                 in_dim = feature_dim_of_frame * num_frames
                 self.discriminator = normed_mlp(in_dim, hidden_dim, 1).to(self.device)
                 self.discriminator_opt = torch.optim.Adam(
@@ -561,7 +561,7 @@ class ACAgent(DrQV2Agent):
             return {}
         if self._w_clone and not self._num_updates:
             for _ in range(self._num_pretrain_updates):
-                self._update(None, batch_size, step, self._discriminates)
+                self._update(None, batch_size, step, self.discriminates)
         self._num_updates += 1
         return self._update(replay_buffer, batch_size, step, self._w_critic)
 
@@ -569,7 +569,7 @@ class ACAgent(DrQV2Agent):
         """Update inverse model and discriminator, then critic and actor, or the actor by cloning
         alone, and return metrics."""
         metrics = self.update_inverse(replay_buffer, batch_size) if self._w_clone else {}
-        if with_critic and self._discriminates:
+        if with_critic and self.discriminates:
             metrics |= self.update_discriminator(replay_buffer, batch_size)
         if with_critic:
             return metrics | super().update(replay_buffer, batch_size, step)
@@ -642,8 +642,8 @@ class ACAgent(DrQV2Agent):
 
     @torch.no_grad()
     def _update_mean(self, mean: nn.Module, net: nn.Module, optimizer):
-        """Move a mean towards its network, after each update of that. At first it is the plain mean
-        over all updates, so that the initial weights have no part in it."""
+        """Update the running mean of a network's weights. At first it is the plain mean over all
+        updates, so that the initial weights have no part in it."""
         num_updates = float(optimizer.state[next(net.parameters())]['step'])
         torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()),
                              max(self.MEAN_RATE, 1 / num_updates))
@@ -661,8 +661,8 @@ class ACAgent(DrQV2Agent):
     # -------------------------------------------------------------------------- discriminator
 
     def _draw_own(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """`draw` where the reward is the discriminator's. The clock is random, so that nothing
-        depends on it, and no episode ends."""
+        """Sample as `draw` does, with the discriminator's probability as the reward. The time left
+        is random, so that nothing depends on it, and no episode ends."""
         history, later, action, before = self._own_moments(replay_buffer, batch_size)
         none, left = later[:, :0], torch.rand(len(later), 1, device=later.device)
         obs = self._layout.join(history, none, left, before)
@@ -705,7 +705,7 @@ class ACAgent(DrQV2Agent):
     def draw(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
         """Sample obs (B, n), action (B, A), reward (B, 1), discount (B, 1) and next_obs (B, n), all
         float32: the first relabelled, those after them in hindsight, see `_ends`."""
-        if self._discriminates:
+        if self.discriminates:
             return self._draw_own(replay_buffer, batch_size)
         layout = self._layout
         steps = sorted({step + more for step in layout.lookahead for more in (0, 1)})

@@ -87,18 +87,13 @@ class Scenery:
         if not self.names:
             raise UserError('every factor of scenery is off: set scenery.body.enabled=true.')
 
-    def kind_of(self, context: np.ndarray) -> Kind:
-        """Return 'seen' or 'held_out': a function of a context's values and of the switches alone.
-
-        The key of every enabled factor is quantised to 8 cells; the context is held out where the
-        sum of the cells is a multiple of 4. So no context is of both kinds, a quarter is held out,
-        and what is new in a held-out context is its combination of looks.
-        """
-        cells = sum(int(CELLS * context[SLOTS[name].start]) for name in self.names)
-        return 'seen' if cells % MODULUS else 'held_out'
-
     def sample(self, rng: np.random.Generator, kind: Kind) -> np.ndarray:
-        """A context (DIM,), uniform among those of a kind; always the same number of draws."""
+        """Return a context (DIM,), uniform among those of a kind; always as many draws.
+
+        The key of every enabled factor is quantised to 8 cells; a context is held out where the sum
+        of its cells is a multiple of 4. So no context is of both kinds, a quarter is held out, and
+        what is new in a held-out context is its combination of looks.
+        """
         context = rng.random(DIM)
         seen_remainder, half = rng.integers(1, MODULUS), rng.integers(CELLS // MODULUS)
         *keys, last = [SLOTS[name].start for name in self.names]
@@ -285,7 +280,7 @@ def place_distractors(slots: np.ndarray, hues: Mapping[str, float], scenery: Sce
 
 
 def colour_group(kind: str, name: str, material: str, ground: bool) -> int:
-    """The group of a geom, site or skin; -1 for marks, which are left alone."""
+    """Return the group of a geom, site or skin; -1 for marks, which are left alone."""
     if 'target' in (material if kind == 'site' else material + name):
         return TARGET
     if kind == 'site':
@@ -296,7 +291,7 @@ def colour_group(kind: str, name: str, material: str, ground: bool) -> int:
 
 
 def spread_hues(slots: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """A hue for every colour group, such that groups which touch can be told apart."""
+    """Return a hue for every colour group, such that groups which touch can be told apart."""
     hues = {name: hue for name, hue in SUITE_HUES.items() if name not in slots}
     for name, gap, others in (('body', 0.15, ('target', 'floor', 'sky')),
                               ('target', 0.2, ('body', 'floor')),
@@ -336,9 +331,9 @@ def rotation(axis: list[float], degrees: float) -> np.ndarray:
 
 
 class Painter:
-    """Shows one model in any context. What a context means is worked out once and cached.
+    """Shows one model in any context; the look of each is worked out once and cached.
 
-    A frame is made so, `gpu` being the MjrContext and context None the suite's own look:
+    To draw a frame (`gpu` is the MjrContext; context None is the suite's own look):
         painter.upload(context, gpu)  # only where gpu still holds another context's textures
         painter.arrange(context, scene, update)
         mujoco.mjr_render(...)
@@ -369,7 +364,7 @@ class Painter:
 
     @contextlib.contextmanager
     def painted(self, context: np.ndarray | None) -> Iterator[None]:
-        """The model has the context's colours within the block, and its own bits after it."""
+        """Paint the model in the context's colours in this block; its own bits return after it."""
         paint = [] if context is None else self._look(context).paint
         saved = [(rgba, rgba.copy()) for rgba, _, _ in self._stage.parts]
         try:

@@ -19,19 +19,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import UserError
-
 NUM_LEVELS = 4  # each halves the image
 MOVED = 12  # of 255: a pixel that differs by more from its clip's first frame is foreground
 
 
 def to_float(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, H, W, 3) in 0..255 -> float32 (N, 3, H, W) in [-1, 1], in channels_last memory."""
+    """Convert uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1], in channels_last memory."""
     return frames.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """float (..., 3, H, W) in about [-1, 1], which is clamped -> uint8 (..., H, W, 3)."""
+    """Convert float (..., 3, H, W), clamped to [-1, 1], to uint8 (..., H, W, 3)."""
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().byte().movedim(-3, -1)
 
 
@@ -176,7 +174,7 @@ class Dynamics(nn.Module):
         return torch.stack(predicted, dim=2)
 
     def loss(self, codes: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """The squared error of open-loop prediction over windows, a mean over all elements.
+        """Return the squared error of open-loop prediction over windows, a mean over all elements.
 
         Args: codes (B, T, D) with T > HISTORY; actions (B, T-1, A), those between the codes.
         """
@@ -250,7 +248,7 @@ class PoseCode(nn.Module):
                actions: torch.Tensor, trans: float = 1.0, rec: float = 1.0, agree: float = 1.0,
                forward: float = 1.0, inverse: float = 0.1, noise: float = 0.1
                ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weighted sum of the losses, each a mean over elements.
+        """Return the weighted sum of the losses, each a mean over elements.
 
         Args:
           z_source, z_target: z1 (N, T, Z) of windows of successive frames in two contexts.
@@ -311,12 +309,6 @@ class ContextTranslator(nn.Module):
         Raises: UserError for sizes that do not fit: im_size is the videos'.
         """
         super().__init__()
-        if im_size < 16 or im_size % 2 ** NUM_LEVELS:
-            raise UserError(f'im_size={im_size} cannot be halved {NUM_LEVELS} times: film with a '
-                            f'multiple of {2 ** NUM_LEVELS}, such as im_size=64.')
-        if len(channels) != NUM_LEVELS:
-            raise UserError(f'channels={list(channels)} are not {NUM_LEVELS}, one for each level: '
-                            'set channels=[32,64,128,256].')
         self.im_size, self.z_dim = im_size, z_dim
         sizes = (im_size, list(channels), kernel, hidden, z_dim)
         self.enc1, self.enc2, self.dec = Encoder(*sizes), Encoder(*sizes), Decoder(*sizes)
@@ -366,7 +358,7 @@ class ContextTranslator(nn.Module):
     def losses(self, source: torch.Tensor, target: torch.Tensor, first: torch.Tensor,
                trans: float = 1.0, rec: float = 1.0, align: float = 1 / 346,
                foreground: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weighted sum of the paper's losses, each a mean over elements.
+        """Return the weighted sum of the paper's losses, each a mean over elements.
 
         Args:
           source, target: uint8 (N, T, H, W, 3), time-aligned clips; any frames of them.

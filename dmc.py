@@ -23,7 +23,7 @@ GL_ADVICE = ('no working OpenGL was found for rendering without a screen: '
 
 
 def probe_gl() -> str:
-    """The first of EGL (a GPU's, else software) and OSMesa that can open a context, or 'off'."""
+    """Return 'egl' (a GPU's or software) or 'osmesa', the first that opens a context, or 'off'."""
     test = 'import mujoco; mujoco.GLContext(16, 16).make_current()'
     for backend in ('egl', 'osmesa'):
         # In a process of its own: a failed backend can't be unloaded again.
@@ -100,7 +100,7 @@ ALL_TASKS = [*suite.ALL_TASKS, *((domain, task) for domain in DOMAINS for task i
 
 
 def task_names() -> list[str]:
-    """Every task of the suite and of `DOMAINS` as domain_task."""
+    """Return the names of all tasks of the suite and of `DOMAINS`, domain_task."""
     return [f'{domain}_{task}' for domain, task in ALL_TASKS]
 
 
@@ -238,11 +238,11 @@ class SuiteEpisodes(Wrapper):
         return Camera(self._env.physics, im_size, self.camera_id, self.painter, CONTEXT_FACETS)
 
     def qpos(self) -> np.ndarray:
-        """The physical pose, float64 (nq,): kept beside videos, for evaluation only."""
+        """Return the physical pose, float64 (nq,): kept beside videos, for evaluation only."""
         return self._env.physics.data.qpos.copy()
 
     def joints(self) -> list[str]:
-        """What each number of `qpos` is: 'hinge' (an angle, in rad), 'slide' (a length),
+        """Return what each number of `qpos` is: 'hinge' (an angle, in rad), 'slide' (a length),
         'travel' (how far the whole body has come, which no picture shows) or 'other'."""
         model = self._env.physics.model
         kinds = ['other'] * model.nq
@@ -262,12 +262,12 @@ class SuiteEpisodes(Wrapper):
         return self._cameras[im_size, plain].render(self._context)
 
     def panels(self, im_size: int) -> dict[str, np.ndarray]:
-        """What a video of the episode shows side by side: caption -> uint8 (H, W, 3)."""
+        """Return what a video of the episode shows side by side: caption -> uint8 (H, W, 3)."""
         return {'agent': self.render(im_size)}
 
 
 class ActionRepeat(Wrapper):
-    """Every action is taken `num_repeats` times; rewards add up until a terminal discount."""
+    """Takes each action `num_repeats` times; rewards add up until a terminal discount."""
 
     def __init__(self, env, num_repeats: int):
         super().__init__(env)
@@ -335,7 +335,7 @@ class Pixels(Wrapper):
 
 def load_suite(task_name: str, scenery: contexts.Scenery | None = None, seed: int = 0
                ) -> SuiteEpisodes:
-    """The bare task, able to film itself, with a scenery in visual contexts as well."""
+    """Return the bare task, able to film itself, with a scenery in visual contexts as well."""
     domain, task = split_name(task_name)
     if domain in DOMAINS:
         env = DOMAINS[domain][task](random=seed)
@@ -354,7 +354,7 @@ def load_suite(task_name: str, scenery: contexts.Scenery | None = None, seed: in
 def make(task_name: str, obs: str = 'pixels', action_repeat: int = 2, frame_stack: int = 3,
          im_size: int = 84, seed: int = 0, scenery: contexts.Scenery | None = None
          ) -> dm_env.Environment:
-    """A suite task as DrQ-v2 sees it.
+    """Return a suite task as DrQ-v2 sees it.
 
     Args:
       obs: 'pixels', uint8 (3 * frame_stack, im_size, im_size), or 'states', float32 (n,).

@@ -51,7 +51,7 @@ class TruncatedNormal(Normal):
 
 
 class Encoder(nn.Module):
-    """uint8 pixels (B, C, H, W) -> (B, repr_dim), 39,200 at 84 px; flat states pass unchanged.
+    """Encodes uint8 pixels (B, C, H, W) as (B, repr_dim), 39,200 at 84 px; states pass unchanged.
 
     Features are flattened with channels innermost. The published order differs, which the layers
     after it do not mind.
@@ -62,14 +62,11 @@ class Encoder(nn.Module):
         if len(obs_shape) == 1:
             self.repr_dim, self.convs = obs_shape[0], None
             return
-        channels, height, _ = obs_shape
-        convs, size = [], height
+        channels, size, _ = obs_shape
+        convs = []
         for stride in (2, 1, 1, 1):
             convs.append(nn.Conv2d(channels, 32, 3, stride))
             channels, size = 32, (size - 3) // stride + 1
-        if size < 1:
-            raise utils.UserError(f'images of {height} pixels are too small for the encoder: set '
-                                  'im_size=84, or no less than 16.')
         self.convs, self._dtype = nn.ModuleList(convs), utils.PRECISIONS[precision]
         self.repr_dim = 32 * size * size
         self.apply(weight_init)
@@ -77,13 +74,7 @@ class Encoder(nn.Module):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         if self.convs is None:
             return obs
-        # obs / 255 - 0.5 is (obs - 128) / 255 + 0.5 / 255: the first layer's weights and biases
-        # take it over.
-        weights = [conv.weight for conv in self.convs]
-        biases = [conv.bias for conv in self.convs]
-        weights[0] = weights[0] / 255
-        biases[0] = biases[0] + 0.5 * weights[0].sum((1, 2, 3))
-        return convolve(obs, weights, biases, [conv.stride[0] for conv in self.convs], self._dtype)
+        return convolve(obs, self.convs, self._dtype)
 
 
 class Projection(nn.Linear):
@@ -111,7 +102,7 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 
 class Actor(nn.Module):
-    """(B, repr_dim) -> the mean action's truncated normal, (B, action_dim)."""
+    """Maps features (B, repr_dim) to a truncated normal of actions (B, action_dim)."""
 
     def __init__(self, repr_dim: int, action_dim: int, feature_dim: int | None,
                  hidden_dim: int, mlp=mlp):
@@ -126,7 +117,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """(B, repr_dim), (B, action_dim) -> two estimates of the return, each (B, 1)."""
+    """Maps features (B, repr_dim), actions (B, action_dim) to two estimated returns (B, 1)."""
 
     def __init__(self, repr_dim: int, action_dim: int, feature_dim: int | None,
                  hidden_dim: int, mlp=mlp):
@@ -166,9 +157,6 @@ class DrQV2Agent:
           precision: 'fp32', or 'bf16' for what is multiplied; sums and parameters stay in fp32.
         """
         self.device = torch.device(device or torch.get_default_device())
-        if update_every_steps < 1:
-            raise utils.UserError(f'agent.update_every_steps={update_every_steps} is below 1: set '
-                                  'agent.update_every_steps=1 or more.')
         utils.schedule(stddev_schedule, 0)  # a wrong one is told here, not at the first step
         self.critic_target_tau, self.update_every_steps = critic_target_tau, update_every_steps
         self.num_expl_steps = num_expl_steps
@@ -193,7 +181,7 @@ class DrQV2Agent:
         return Encoder(obs_shape, self.precision)
 
     def draw(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """A replayed batch as the update takes it: images are shifted, states are left alone."""
+        """Return a replayed batch as the update takes it: images shifted, states as they are."""
         obs, action, reward, discount, next_obs = replay_buffer.sample(batch_size)
         if obs.dim() == 4:
             obs, next_obs = random_shift(obs), random_shift(next_obs)
@@ -243,7 +231,7 @@ class DrQV2Agent:
         return {'batch_reward': reward.mean(), **metrics}
 
     def update_critic(self, features, action, reward, discount, next_features, stddev):
-        """Encoder and critic, towards reward + discount Q'(next).
+        """Update encoder and critic, towards reward + discount Q'(next).
 
         Args: features, next_features (B, repr_dim), action (B, A), reward and discount (B, 1).
         """
@@ -278,14 +266,19 @@ class DrQV2Agent:
 
 # ------------------------------------------------------------- fast convolutions on a CPU
 
-def convolve(obs: torch.Tensor, weights: list, biases: list, strides: list[int],
-             dtype: torch.dtype) -> torch.Tensor:
-    """Convolutions, each with its ReLU, over pixels less 128, which are exact in bf16.
+def convolve(obs: torch.Tensor, convs: nn.ModuleList, dtype: torch.dtype) -> torch.Tensor:
+    """Pass obs / 255 - 0.5 through convolutions, each with its ReLU.
 
     Args: obs uint8 (B, C, H, W).
 
     Returns: (B, repr_dim) of `dtype`, flattened with channels innermost, as it lies in memory.
     """
+    weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs]
+    strides = [conv.stride[0] for conv in convs]
+    # obs / 255 - 0.5 is (obs - 128) / 255 + 0.5 / 255. Pixels less 128 are exact in bf16; the first
+    # layer's weights and biases take over the rest.
+    weights[0] = weights[0] / 255
+    biases[0] = biases[0] + 0.5 * weights[0].sum((1, 2, 3))
     if (dtype == torch.bfloat16 and obs.device.type == 'cpu'
             and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         # Asked here: within a Function gradients are never enabled, wanted or not.
@@ -305,7 +298,7 @@ class ConvStack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, obs, strides, for_backward, *weights_and_biases):
-        """uint8 (B, C, H, W) -> bf16 (B, repr_dim), flattened with channels innermost.
+        """Return features, bf16 (B, repr_dim), of uint8 (B, C, H, W), channels innermost.
 
         Args: for_backward: whether to keep each layer's input for the backward pass.
         """

@@ -409,10 +409,10 @@ def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
     """Processes that take `make_episode`."""
     # They keep the cores busy: threads of software OpenGL would only be in their way.
     os.environ.setdefault('LP_NUM_THREADS', '0')
-    # They are forked from a process that has imported the modules, once for all of them. It has no
-    # OpenGL and no threads, with which a fork would not be safe.
+    # They are forked from a process that has imported, once for all of them, what takes long; but
+    # not dm_control, which opens OpenGL's display, and that is not safe to share.
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([start_worker.__module__])
+    context.set_forkserver_preload(['torch', 'hydra', 'cv2', 'imageio.v3'])
     return ProcessPoolExecutor(num_workers, context, start_worker, (cfg,))
 
 
@@ -440,7 +440,7 @@ def film_all(cfg, jobs: list[tuple[str, int]], total: int):
 
 
 def next_command(cfg) -> str:
-    """Return what to do with the dataset."""
+    """Return the command to run next."""
     if cfg.from_mp4 and not cfg.num_play:
         return 'the same command with num_play=1000: imitating your own videos takes play'
     # A code cannot be trained without poses, nor judged without play: there is one already.

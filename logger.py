@@ -101,7 +101,7 @@ class Progress:
         return fit([*parts, *self.note])
 
     def show(self, done: int, note: list[str] | None = None):
-        """`update`, and write the line if the one before is old enough.
+        """Update, and write the line if the one before is old enough.
 
         Args:
           note: stands behind the figures from now on, as far as it fits; None keeps the present
@@ -205,7 +205,7 @@ class Logger:
 
 
 class _TensorBoard:
-    """What matters first comes first: the score, then the film; constants are text, not lines."""
+    """Writes for TensorBoard: the score first, then the film; constants become text."""
 
     NUM_IMAGES = 60  # of a film, at half its size: about 1 MB
 

@@ -111,7 +111,7 @@ class ReplayBuffer:
         return value
 
     def _is_whole(self, first: int, end: int) -> bool:
-        """Whether rows [first, end) are one episode, as it was written."""
+        """Tell whether rows [first, end) are one episode, as it was written."""
         rows = np.arange(first, end) % self._size
         return bool((self._rows['first'][rows] == first).all()
                     and (self._rows['last'][rows] == end - 1).all()
@@ -159,7 +159,7 @@ class ReplayBuffer:
         return frames.reshape(len(time), -1, *frames.shape[3:])
 
     def state_dict(self) -> dict:
-        """Where the ring and its sampler stand; the rows are on disk once this returns."""
+        """Return the ring's position and its generator's state, once the rows are on disk."""
         for rows in self._rows.values():
             rows.flush()
         return {'end': self._end, 'rng': self._rng.bit_generator.state}

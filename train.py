@@ -10,6 +10,7 @@ if __name__ == '__main__':  # the imports below take seconds; utils.main turns b
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
+import inspect
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -310,16 +311,24 @@ def env_args(cfg) -> dict:
                 im_size=cfg.im_size)
 
 
+def agent_args(cfg, agent_class: type, env) -> dict:
+    """Return what the agent is made with: those settings that its class takes, by their names, and
+    the sizes of the environment's observations and actions."""
+    names = {name for part in agent_class.__mro__ for name in inspect.signature(part).parameters}
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    return {**{name: settings[name] for name in sorted(names - {'device'}) if name in settings},
+            'obs_shape': list(env.observation_spec().shape),
+            'action_dim': env.action_spec().shape[0]}
+
+
 def make_workspace(cfg, work_dir: Path) -> Workspace:
     check_settings(cfg)
     train_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     eval_env = dmc.make(cfg.task_name, seed=cfg.seed, **env_args(cfg))
     if cfg.obs == 'pixels' or cfg.save_video:
         train_env.camera(16)  # where no OpenGL works, say so now
-    agent_args = dict(OmegaConf.to_container(cfg.agent, resolve=True),
-                      obs_shape=list(train_env.observation_spec().shape),
-                      action_dim=train_env.action_spec().shape[0])
-    return Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent, agent_args,
+    return Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent,
+                     agent_args(cfg, DrQV2Agent, train_env),
                      {'env_args': env_args(cfg), 'quality': dmc.QUALITY},
                      utils.load_last(work_dir, 'expert', cfg.task_name))
 

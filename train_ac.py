@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 
 import dmc
 import utils
@@ -30,7 +29,7 @@ from ac_agent import (
     make_env,
 )
 from logger import SUCCESS, episode_scores
-from train import Workspace, check_settings
+from train import Workspace, agent_args, check_settings
 from utils import UserError
 
 # Scores of a translator with which imitation has worked, and 1 where more is better, -1 where less.
@@ -41,31 +40,31 @@ WORKED = {'agreement': (0.01, -1), 'agreement_play': (0.015, -1), 'rank': (0.3, 
 def check_all_settings(cfg):
     """Raise UserError for settings with which there is no run."""
     check_settings(cfg, 'train_ac')
-    agent, is_paper = cfg.agent, cfg.recipe == 'liu2017'
-    tracks, discriminates = (agent.w_critic and agent.lookahead,
-                             agent.w_critic and not agent.lookahead)
-    relabels = tracks and agent.relabel + agent.hindsight
+    is_paper = cfg.recipe == 'liu2017'
+    tracks, discriminates = (cfg.w_critic and cfg.lookahead,
+                             cfg.w_critic and not cfg.lookahead)
+    relabels = tracks and cfg.relabel + cfg.hindsight
     for wrong, sentence in (
-            (agent.w_feature == cfg.w_img == 0, 'w_feature and w_img are both 0: set w_feature=1.'),
-            (agent.w_critic == agent.w_clone == 0, 'w_critic and w_clone are both 0: set '
+            (cfg.w_feature == cfg.w_img == 0, 'w_feature and w_img are both 0: set w_feature=1.'),
+            (cfg.w_critic == cfg.w_clone == 0, 'w_critic and w_clone are both 0: set '
              'w_critic=1.'),
-            (agent.w_clone and is_paper, f'w_clone={agent.w_clone} takes a pose code, which '
+            (cfg.w_clone and is_paper, f'w_clone={cfg.w_clone} takes a pose code, which '
              'recipe=liu2017 has not: set w_clone=0.'),
-            (agent.w_clone and not cfg.num_play, 'num_play=0 leaves cloning no play to learn '
+            (cfg.w_clone and not cfg.num_play, 'num_play=0 leaves cloning no play to learn '
              'actions from: set num_play=1 or more.'),
-            (agent.relabel + agent.hindsight > 1, f'relabel={agent.relabel} and hindsight='
-             f'{agent.hindsight} are shares of one batch: set them to no more than 1 together.'),
-            (cfg.timing == 'nearest' and not agent.lookahead, 'timing=nearest times targets, and '
+            (cfg.relabel + cfg.hindsight > 1, f'relabel={cfg.relabel} and hindsight='
+             f'{cfg.hindsight} are shares of one batch: set them to no more than 1 together.'),
+            (cfg.timing == 'nearest' and not cfg.lookahead, 'timing=nearest times targets, and '
              'lookahead=[] leaves none: set timing=clock.'),
-            (discriminates and (is_paper or not agent.w_clone), 'lookahead=[] leaves the critic '
+            (discriminates and (is_paper or not cfg.w_clone), 'lookahead=[] leaves the critic '
              'nothing to track, and a discriminator in its place takes cloning: set '
              'lookahead=[1,3,6,12].'),
             (discriminates and (cfg.nstep != 1 or cfg.w_img), 'without targets (lookahead=[]) the '
              'critic takes nstep=1 w_img=0: set these.'),
             (relabels and cfg.nstep != 1, f'nstep={cfg.nstep} goes with the targets that were '
              'there: set nstep=1, or relabel=0 hindsight=0.'),
-            (relabels and (cfg.w_img or agent.lookahead[0] != 1), f'relabel={agent.relabel} and '
-             f'hindsight={agent.hindsight} work out rewards from observations, which takes w_img=0 '
+            (relabels and (cfg.w_img or cfg.lookahead[0] != 1), f'relabel={cfg.relabel} and '
+             f'hindsight={cfg.hindsight} work out rewards from observations, which takes w_img=0 '
              'and 1 as the first lookahead: set relabel=0 hindsight=0.')):
         if wrong:
             raise UserError(sentence)
@@ -84,14 +83,14 @@ def adopt_action_repeat(cfg, source: str | Path, action_repeat: int):
 
 
 def film_demonstrations(cfg, im_size: int):
-    """Let the expert film what is to be imitated; it goes on where it was interrupted."""
+    """Film what is to be imitated, in a process of its own, or go on with that."""
     expert = utils.load_snapshot(cfg.expert, 'expert', cfg.task_name,
                                  remedy=f'python train.py task={cfg.task_name}')
     adopt_action_repeat(cfg, cfg.expert, expert['made_by']['env_args']['action_repeat'])
     command = [sys.executable, str(Path(__file__).parent / 'generate_expert_video.py'),
                f'task={cfg.task_name}', f'snapshot={cfg.expert}', f'out_dir={cfg.data_dir}',
                f'num_train={cfg.num_demos}', f'num_valid={cfg.num_eval_demos}',
-               f'num_play={cfg.num_play if cfg.agent.w_clone else 0}', 'num_play_valid=0',
+               f'num_play={cfg.num_play if cfg.w_clone else 0}', 'num_play_valid=0',
                f'im_size={im_size}', f'seed={cfg.seed}']
     print(f'{cfg.data_dir} lacks videos: {cfg.num_demos} demonstrations and more are filmed there '
           'first', flush=True)
@@ -146,7 +145,7 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
 
 
 def judge_translator(scores: dict[str, float]) -> str:
-    """A line of the code's scores, and a warning where one is worse than what has worked."""
+    """Return a line of the code's scores, and a warning where one is worse than what has worked."""
     shown = {name: scores[name] for name in (*WORKED, 'probe', 'probe_play', 'open_loop',
                                              'open_loop_still') if name in scores}
     bad = [f'{name} {scores[name]:.3g} (has worked with {worked:g})'
@@ -160,13 +159,13 @@ def judge_translator(scores: dict[str, float]) -> str:
 
 
 def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
-    """The splits 'train' and 'valid', and 'play' where cloning needs it, filmed if missing.
+    """Return the splits 'train' and 'valid', and 'play' where cloning needs it; film what lacks.
 
     Raises: UserError where they are not of this task, or drawn otherwise than pictures are here.
     """
     root = Path(cfg.data_dir)
     limits = {'train': cfg.num_demos, 'valid': cfg.num_eval_demos}
-    if cfg.agent.w_clone:
+    if cfg.w_clone:
         limits['play'] = cfg.num_play
     if lacking := [split for split in limits if not video.is_whole(root / split)]:
         if video.is_whole(root / 'train') and video.Clips(root / 'train').imported:
@@ -187,7 +186,7 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
 
 
 def make_workspace(cfg, work_dir: Path) -> Workspace:
-    """The run, ready to be trained; its expert films demonstrations if there are none.
+    """Return the run, ready to be trained; its expert films demonstrations if there are none.
 
     Raises: UserError for bad settings, translator or videos, before anything is trained.
     """
@@ -207,19 +206,14 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
             last['made_by'].setdefault('timing', 'clock')  # older runs do not say it
     demos = Demonstrations(model, splits['train'], scale)
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
-    agent = cfg.agent
-    options = (agent.num_frames, agent.lookahead, agent.num_actions,
-               Reward(agent.reward_scale, agent.time_power, agent.w_feature), cfg.w_img,
-               cfg.timing)
+    options = (cfg.num_frames, cfg.lookahead, cfg.num_actions,
+               Reward(cfg.reward_scale, cfg.time_power, cfg.w_feature), cfg.w_img, cfg.timing)
     train_env = make_env(demos, *options)
     eval_env = make_env(eval_demos, *options, evaluate=True)
-    agent_args = dict(OmegaConf.to_container(agent, resolve=True),
-                      obs_shape=list(train_env.observation_spec().shape),
-                      action_dim=train_env.action_spec().shape[0],
-                      feature_dim_of_frame=demos.feature_dim)
+    args = {**agent_args(cfg, ACAgent, train_env), 'feature_dim_of_frame': demos.feature_dim}
 
     def make_agent(**args) -> ACAgent:  # called once all else is checked: it encodes the videos
-        if cfg.agent.w_clone:
+        if cfg.w_clone:
             args |= dict(demos=demos.features(),
                          play=encode_play(model, splits['play'], demos.scale))
         return ACAgent(**args)
@@ -229,7 +223,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                'scale': demos.scale}
     if splits['train'].imported:
         made_by['mp4_sha256'] = splits['train'].meta['mp4_sha256']
-    return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, make_agent, agent_args,
+    return Workspace(cfg, work_dir, 'imitator', train_env, eval_env, make_agent, args,
                      made_by, last, overlap=utils.pick_device(cfg.device).type == 'cpu')
 
 

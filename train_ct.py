@@ -83,7 +83,7 @@ class PairSampler:
         return episodes[0], contexts[0], episodes[1], contexts[1], frames
 
     def _frame_probs(self, i: int) -> np.ndarray:
-        """How often each frame of episode i is drawn: float64 (T+1,), which sum to 1.
+        """Return with which probability each frame of episode i is drawn: float64 (T+1,).
 
         Half of the probability is uniform, half in proportion to the change since the frame before.
         Experts soon stand where they want to be, and from then on all frames show the same.
@@ -225,7 +225,7 @@ class Evaluator:
                 'feature_var': float(variance), **self._measure(images)}, images
 
     def film(self, images: torch.Tensor, num_clips: int) -> np.ndarray:
-        """The first clips one after another: source, prediction and truth side by side."""
+        """Return the first clips one after another: source, prediction and truth side by side."""
         clips = [part[:num_clips].flatten(0, 1).cpu().numpy()
                  for part in (self._source, images, self._target)]
         return video.side_by_side(clips, ['source', 'prediction', 'truth'])
@@ -427,7 +427,7 @@ def update(loss: torch.Tensor, module: nn.Module, optimizer, lr: float, max_grad
 
 
 def open_splits(cfg) -> dict[str, video.Clips]:
-    """The dataset's splits, those of play where any of it is asked for.
+    """Return the dataset's splits, those of play where any of it is asked for.
 
     Raises: UserError where one is missing, or drawn otherwise than pictures are here.
     """
@@ -500,7 +500,8 @@ class Run:
                    'code': OmegaConf.to_container(cfg.code) if model.code else None,
                    'expert_sha256': clips.meta['expert_sha256'],
                    'num_clips': len(clips), 'num_play': len(splits.get('play', ())),
-                   'videos': clips.meta['versions'], 'quality': clips.meta['quality'],
+                   'videos': clips.meta['versions'],  # of the packages that drew them
+                   'quality': clips.meta['quality'],
                    **{key: cfg[key] for key in (
                        'seed', 'recipe', 'pairs', 'num_train_steps', 'batch_size',
                        'frames_per_clip', 'play_share', 'augment_mirror', 'augment_colours',
@@ -623,7 +624,7 @@ def train(cfg, work_dir: Path):
 
 def measure_code(model: ContextTranslator, splits: dict[str, video.Clips], autocast
                  ) -> dict[str, float]:
-    """The code's scores, see `PoseProbe`."""
+    """Return the code's scores, see `PoseProbe`."""
     def encode(frames: torch.Tensor) -> torch.Tensor:
         with autocast:
             z = model.encode(frames)

@@ -1,4 +1,4 @@
-"""What every script shares: errors, settings, seeding, schedules, timing, snapshots."""
+"""What all scripts share: entry, settings, run folder, process, schedules, files, snapshots."""
 import contextlib
 import ctypes
 import difflib
@@ -53,7 +53,7 @@ class Damaged(UserError):
 
 
 def main(config_name: str, task_names: Sequence[str], check: Callable):
-    """`hydra.main` for the scripts: any of these tasks by name, and errors in one sentence.
+    """Decorate a script's main: `hydra.main` with any of these tasks, and errors in one sentence.
 
     `check` is called with the settings of each run before Hydra makes a folder. A `UserError` is
     printed without a traceback and ends the script with exit code 2. Ctrl-C and SIGTERM end it with
@@ -239,7 +239,7 @@ def _set(cfg, override):
     OmegaConf.update(cfg, key, override.value())
     if known.keys() != flat(OmegaConf.to_container(cfg)).keys():
         raise UserError(f'{override.input_line} does not fit: the options there are '
-                        f"{', '.join(name for name in known if f'{name}.'.startswith(key))}.")
+                        f"{', '.join(name for name in known if f'{name}.'.startswith(f'{key}.'))}.")
 
 
 def check_settings(cfg, script: str):
@@ -362,7 +362,7 @@ def comments(file: Path) -> dict[str, str]:
 # --------------------------------------------------------------------------------------- run folder
 
 def work_dir() -> Path:
-    """The run's folder, which Hydra made."""
+    """Return the run's folder, which Hydra made."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
@@ -378,8 +378,8 @@ def keep_config(cfg):
 
 
 def command() -> str:
-    """The running script's command line, e.g. 'train.py task=reacher_hard obs=states'; '' outside
-    a script."""
+    """Return the running script's command line, e.g. 'train.py task=reacher_hard obs=states'; ''
+    outside a script."""
     if not HydraConfig.initialized():
         return ''
     started = HydraConfig.get()
@@ -519,7 +519,7 @@ class Stop:
 
 
 def machine() -> str:
-    """The name of the GPU in use, or 'CPU, 2 threads' (those of one operation)."""
+    """Return the name of the GPU in use, or 'CPU, 2 threads' (those of one operation)."""
     if torch.cuda.is_initialized():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -527,9 +527,10 @@ def machine() -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' takes CUDA where there is one; 'cuda' insists on it."""
-    if name not in ('auto', 'cpu', 'cuda'):
-        raise UserError(f"device={name} is none of auto, cpu, cuda: try device=auto.")
+    """Return the device of a name; 'auto' is CUDA where there is one, else the CPU.
+
+    Raises: UserError for 'cuda' where there is none.
+    """
     if name == 'cuda' and not torch.cuda.is_available():
         raise UserError('device=cuda, but PyTorch sees no CUDA device here: use device=auto.')
     if name == 'auto':
@@ -544,7 +545,7 @@ def set_seed_everywhere(seed: int):
 
 
 def derive_seed(*key: int) -> int:
-    """A 32-bit seed that is a pure function of `key`, e.g. (run seed, stream, episode)."""
+    """Return a 32-bit seed that is a pure function of `key`, e.g. (run seed, stream, episode)."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -596,7 +597,7 @@ def set_precision(name: str):
 # ------------------------------------------------------------------------------- schedules and time
 
 def schedule(spec: str | float, step: int) -> float:
-    """A number, or 'linear(start,end,duration)' over agent steps, as in DrQ-v2."""
+    """Return a schedule's value: of a number, or 'linear(start,end,duration)' over agent steps."""
     try:
         return float(spec)
     except (TypeError, ValueError):
@@ -615,11 +616,11 @@ def schedule(spec: str | float, step: int) -> float:
 class Until:
     """True while fewer than `until` frames have passed (`action_repeat` frames a step)."""
 
-    def __init__(self, until: int | None, action_repeat: int = 1):
+    def __init__(self, until: int, action_repeat: int = 1):
         self._until, self._action_repeat = until, action_repeat
 
     def __call__(self, step: int) -> bool:
-        return self._until is None or step < self._until // self._action_repeat
+        return step < self._until // self._action_repeat
 
 
 class Every:
@@ -859,7 +860,7 @@ def previous(path: Path) -> Path:
 
 
 def newest_snapshot(path: str | Path) -> Path | None:
-    """`path`, or what a kill between the two renames of `save_snapshot` leaves, or None."""
+    """Return `path`, or what a kill between the two renames of `save_snapshot` leaves, or None."""
     return next((p for p in (Path(path), previous(Path(path))) if p.exists()), None)
 
 

@@ -123,7 +123,7 @@ def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarr
 
 
 def mse(image: np.ndarray, other: np.ndarray) -> float:
-    """The mean squared difference of uint8 images that broadcast against each other, in [0, 1]."""
+    """Return the mean squared difference of uint8 images that broadcast together, in [0, 1]."""
     return float(np.mean((image.astype(np.float32) - other) ** 2)) / 255 ** 2
 
 
@@ -171,7 +171,7 @@ class VideoRecorder:
 
 
 def panels_side_by_side(frames: Sequence[dict[str, np.ndarray]], note: str = '') -> np.ndarray:
-    """`side_by_side` of what `env.panels` gave at each step; `note` ends the last caption."""
+    """Set what `env.panels` gave at each step side by side; `note` ends the last caption."""
     clips = [np.stack([panels[label] for panels in frames]) for label in frames[0]]
     *labels, last = frames[0]
     return side_by_side(clips, [*labels, last + note])
@@ -186,7 +186,7 @@ def episode_clip(panels: Sequence[dict[str, np.ndarray]], own: float,
 
 
 def frames_path(root: str | Path, i: int) -> Path:
-    """Where the frames of episode i lie; what is known of it lies beside them, in a json."""
+    """Return where the frames of episode i lie; what is known of it lies beside them, in a json."""
     return Path(root) / f'episode_{i:05d}.npy'
 
 
@@ -232,7 +232,7 @@ def read_json(path: Path) -> dict:
 
 
 def is_whole(root: str | Path) -> bool:
-    """Whether a split is there, with all the episodes that were ordered."""
+    """Tell whether a split is there, with all the episodes that were ordered."""
     meta = Path(root) / 'meta.json'
     return meta.exists() and len(episode_numbers(root)) >= read_json(meta)['num_episodes']
 
@@ -310,7 +310,7 @@ class Clips:
         return frames
 
     def episode(self, i: int) -> dict:
-        """What is known of episode i, see above: plain values."""
+        """Return what is known of episode i, see above: plain values."""
         return self._episodes[i]
 
     @property

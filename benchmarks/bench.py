@@ -348,7 +348,7 @@ def measured(part: str, device, peak: float) -> Iterator[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('parts', nargs='*', metavar='part', help=', '.join(PARTS))
-    parser.add_argument('--device', default='auto')
+    parser.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda'))
     parser.add_argument('--json', action='store_true')
     args = parser.parse_args()
     for part in args.parts:

@@ -64,7 +64,7 @@ def shipped() -> list[Path]:
 
 
 def cpu_name() -> str:
-    """Return this processor's name, and AMX where it has that, since it rounds otherwise then."""
+    """Return this CPU's name, ending in 'with AMX' where it has AMX, which rounds differently."""
     info = Path('/proc/cpuinfo').read_text()
     name = re.search(r'model name\s*: (.*)', info)
     name = re.sub(r'\(R\)|\(TM\)|Processor|\s+', ' ', name[1]) if name else platform.machine()
@@ -230,7 +230,7 @@ def official(task: str, frames: int) -> tuple[str, str]:
             f"{end['mean']:.0f} at {end['frame'] / 1e6:.1f}M")
 
 
-def line(path: Path, num_episodes: int, earlier: list[list[str]] = ()) -> list[str]:
+def line(path: Path, num_episodes: int, earlier: list[list[str]]) -> list[str]:
     """Play, print what came of it, and return the cells of the table's row; `earlier`: its rows as
     they stand."""
     made = utils.load_snapshot(path, 'expert', path.stem)
@@ -260,14 +260,14 @@ def line(path: Path, num_episodes: int, earlier: list[list[str]] = ()) -> list[s
 def write_table(num_episodes: int):
     """Play all that is shipped; over 20 episodes or more, write experts/README.md and pictures."""
     target = ROOT / 'experts/README.md'
-    earlier = [row.strip('| ').split(' | ') for row in target.read_text().splitlines()
-               if row.startswith('| ')]
+    there, over = target.read_text(), f'return over {num_episodes} episodes of 1000 frames'
+    earlier = [row.strip('| ').split(' | ') for row in there.splitlines()
+               if row.startswith('| ')] if over in there else []
     lines = [line(path, num_episodes, earlier) for path in shipped()]
     if num_episodes < 20:
         return
     text = ('# Trained experts\n\n'
-            'Made by `python benchmarks/evaluate.py`: return over '
-            f'{num_episodes} episodes of 1000 frames, mean ± standard deviation, of the '
+            f'Made by `python benchmarks/evaluate.py`: {over}, mean ± standard deviation, of the '
             'deterministic policy, on each CPU where it was played, since they round differently. '
             '"bar" is what it should reach; "frames" is how far the run had come, whether or not '
             'it was to go on. DrQ-v2 learns from pixels, with action_repeat=2: its figures are '

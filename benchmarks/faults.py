@@ -49,7 +49,7 @@ TASK = 'reacher_easy'
 COLUMNS = 'tried', 'refused', 'survived', 'undetected', 'failed'
 CPU = torch.device('cpu')
 SMALL = ['device=cpu', 'use_tb=false', f'task={TASK}']
-RUN = [*SMALL, 'save_video=false', 'num_eval_episodes=1', 'batch_size=32', 'agent.hidden_dim=32',
+RUN = [*SMALL, 'save_video=false', 'num_eval_episodes=1', 'batch_size=32', 'hidden_dim=32',
        'snapshot_every_frames=1000', 'eval_every_frames=2000']
 
 
@@ -234,8 +234,8 @@ def renames(path: Path) -> Counter:
 
 def judge(process: subprocess.Popen, output: str, code: int, words: str = '') -> str:
     if 'Traceback' in output or process.returncode != code or words not in output:
-        print(f'exit code {process.returncode}, not {code} with "{words}":\n{output[-2000:]}',
-              file=sys.stderr)
+        print(f'{process.args[1]}: exit code {process.returncode}, not {code} with "{words}":\n'
+              f'{output[-2000:]}', file=sys.stderr)
         return 'failed'
     return 'refused'
 
@@ -262,8 +262,9 @@ def disturbed(command: list[str], whole: bytes, seconds: float, folder: Path, rn
     counts, hits, steps = Counter(), 0, 0
     for _ in range(3):
         before = traces(folder)
-        process = start(command, folder)
-        while process.poll() is None and traces(folder) == before:
+        process, deadline = start(command, folder), time.monotonic() + 300
+        while (process.poll() is None and traces(folder) == before
+               and time.monotonic() < deadline):
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.15) * seconds)
         process.send_signal(number)
@@ -401,6 +402,7 @@ def main():
         for what, counts in campaign(Path(folder), rng):
             counts['tried'] = sum(counts.values())
             total += counts
+            what += '' if counts['tried'] else ' (not tried: no mount)'
             print(table_row([what, *(counts[name] for name in COLUMNS)]), flush=True)
     print(table_row(['**all**', *(f'**{total[name]}**' for name in COLUMNS)]))
     sys.exit(bool(total['undetected'] + total['failed']))

@@ -50,14 +50,14 @@ class RewardedAgent(ACAgent):
     relabelled: the task's reward does not follow from targets."""
 
     def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self._discriminates, self._relabel, self._hindsight = False, 0.0, 0.0
+        super().__init__(*args, **options | {'relabel': 0.0, 'hindsight': 0.0})
+        self.discriminates = False
 
 
 def check_rewarded(cfg, check=train_ac.check_all_settings):
     """Raise UserError for settings with which there is no run, or no critic in it."""
     check(cfg)
-    if not cfg.agent.w_critic:
+    if not cfg.w_critic:
         raise utils.UserError("w_critic=0 leaves no critic to learn from the task's reward: set "
                               'w_critic=1.')
 
@@ -91,7 +91,7 @@ class PoseDemonstrations(Demonstrations):
     def translate(self, i: int, *args, **options) -> Translation:
         return super().translate(i, *args, **options)._replace(features=self._poses[i])
 
-    def _features(self, z: torch.Tensor) -> torch.Tensor:
+    def features_of(self, z: torch.Tensor) -> torch.Tensor:
         return z  # nobody asks for the code's
 
 

@@ -17,6 +17,7 @@ import torch
 from dm_env import specs
 from omegaconf import OmegaConf
 
+import contexts
 import dmc
 import utils
 import video
@@ -306,3 +307,9 @@ class FakeDemos:
 
     def image_variance(self):
         return 0.01
+
+
+def kind_of(scenery: contexts.Scenery, context: np.ndarray) -> contexts.Kind:
+    """Return 'seen' or 'held_out', from a context's values and the switches alone."""
+    cells = sum(int(contexts.CELLS * context[contexts.SLOTS[name].start]) for name in scenery.names)
+    return 'seen' if cells % contexts.MODULUS else 'held_out'

@@ -1,4 +1,5 @@
 """Every script composes with every task, and task files stay a few lines."""
+import inspect
 import sys
 
 import pytest
@@ -14,7 +15,9 @@ import train
 import train_ac
 import train_ct
 import utils
+from ac_agent import ACAgent
 from ct_model import Dynamics
+from drqv2 import DrQV2Agent
 
 SCRIPTS = {script.__name__: script for script in (
     train, generate_expert_video, train_ct, train_ac)}
@@ -60,12 +63,9 @@ def own_values(cfg):
     """All but the task's name, what train.py takes from `drqv2`, and the imitator's exceptions."""
     values = OmegaConf.to_container(cfg, resolve=True)
     del values['task_name']
-    for part in (values, values.get('agent', {})):
-        for key in ('drqv2', 'imitator'):
-            part.pop(key, None)
-        if values.get('recipe') == 'pose_code':
-            for key in ('lookahead', 'timing', 'num_actions', 'max_shift', 'w_critic'):
-                part.pop(key, None)
+    own = ('lookahead', 'timing', 'num_actions', 'max_shift', 'w_critic')
+    for key in ('drqv2', 'imitator', *(own if values.get('recipe') == 'pose_code' else ())):
+        values.pop(key, None)
     return values
 
 
@@ -85,8 +85,8 @@ def test_a_task_files_values_of_drqv2_apply_to_train_alone(script, recipe):
             assert cfg.lr == f'linear(1e-3,1e-4,{cfg.num_train_steps})'
         if script == 'train_ac':
             assert (cfg.batch_size, cfg.nstep, cfg.replay_buffer_size) == (256, 1, 1_000_000)
-            assert cfg.feature_dim is None and cfg.agent.feature_dim is None
-            assert cfg.agent.lr == cfg.lr == {'pose_code': 1e-3, 'liu2017': 5e-4}[recipe]
+            assert cfg.feature_dim is None
+            assert cfg.lr == {'pose_code': 1e-3, 'liu2017': 5e-4}[recipe]
             assert cfg.num_train_frames == {'pose_code': 40_000, 'liu2017': 100_000}[recipe]
 
 
@@ -102,7 +102,18 @@ def test_a_task_files_values_of_drqv2_reach_train(task, changes):
     published = {'nstep': 3, 'batch_size': 256, 'replay_buffer_size': 1_000_000, 'lr': 1e-4,
                  'feature_dim': 50}
     assert {key: cfg[key] for key in published} == published | changes
-    assert (cfg.agent.lr, cfg.agent.feature_dim) == (cfg.lr, cfg.feature_dim)
+
+
+@pytest.mark.parametrize('script, agent', [('train', DrQV2Agent), ('train_ac', ACAgent)])
+def test_what_an_agent_takes_is_set_in_cfgs(script, agent):
+    env = dmc.make('reacher_easy', obs='states')
+    cfg = cfg_of(script)
+    args = train.agent_args(cfg, agent, env)
+    takes = {name for each in agent.__mro__ for name in inspect.signature(each).parameters}
+    others = {'device', 'args', 'kwargs', 'drqv2_args', 'demos', 'play', 'feature_dim_of_frame'}
+    assert args.keys() == takes - others
+    sizes = {'obs_shape': [6], 'action_dim': 2}
+    assert args == {name: cfg[name] for name in args.keys() - sizes} | sizes
 
 
 def test_nobody_plays_unless_asked():
@@ -111,15 +122,15 @@ def test_nobody_plays_unless_asked():
 
 def test_a_users_word_stands_above_the_task_files():
     assert cfg_of('train', 'task=walker_run', 'batch_size=64').batch_size == 64
-    assert cfg_of('train', 'task=humanoid_run', 'lr=1e-3').agent.lr == 1e-3
+    assert cfg_of('train', 'task=humanoid_run', 'lr=1e-3').lr == 1e-3
     cfg = cfg_of('train', 'task=humanoid_run', 'obs=states')  # that of states does as well
-    assert (cfg.num_train_frames, cfg.lr, cfg.agent.feature_dim) == (600_000, 3e-4, None)
+    assert (cfg.num_train_frames, cfg.lr, cfg.feature_dim) == (600_000, 3e-4, None)
 
 
 def test_a_task_file_may_say_otherwise_of_its_imitator():
     def said(*overrides):
-        agent = cfg_of('train_ac', *overrides).agent
-        return agent.lookahead, agent.num_actions, agent.max_shift, agent.w_critic
+        cfg = cfg_of('train_ac', *overrides)
+        return cfg.lookahead, cfg.num_actions, cfg.max_shift, cfg.w_critic
     targets = [1, 2, 3, 5, 8, 12]
     assert said('task=cheetah_run') == (targets, 0, 6, 0)
     assert said('task=reacher_hard') == (targets, 0, 0, 0)
@@ -128,7 +139,7 @@ def test_a_task_file_may_say_otherwise_of_its_imitator():
     assert said('task=finger_turn_easy') == (targets, 0, 6, 1)
     assert said('task=walker_walk') == ([], 2, 6, 1)
     assert said('task=walker_walk', 'recipe=liu2017') == ([1, 3, 6, 12], 0, 0, 1)
-    assert cfg_of('train_ac', 'task=finger_turn_easy', 'w_critic=0').agent.w_critic == 0
+    assert cfg_of('train_ac', 'task=finger_turn_easy', 'w_critic=0').w_critic == 0
     assert cfg_of('train_ac', 'task=finger_spin', 'recipe=liu2017').lookahead == [1, 3, 6, 12]
 
 
@@ -147,11 +158,11 @@ def test_recipes():
     assert (cfg.recipe, cfg.play_share, cfg.model.code_dim) == ('pose_code', 0.5, 16)
     assert cfg.code.lr == f'linear(1e-3,1e-5,{cfg.code.num_steps})'
     cfg = cfg_of('train_ac', 'recipe=liu2017')
-    assert (cfg.recipe, cfg.agent.w_clone, cfg.agent.w_critic) == ('liu2017', 0, 1)
-    assert (cfg.agent.reward_scale, cfg.agent.time_power) == (None, 2)
+    assert (cfg.recipe, cfg.w_clone, cfg.w_critic) == ('liu2017', 0, 1)
+    assert (cfg.reward_scale, cfg.time_power) == (None, 2)
     cfg = cfg_of('train_ac')
-    assert (cfg.recipe, cfg.agent.w_clone, cfg.agent.w_critic) == ('pose_code', 1, 0)
-    assert (cfg.agent.reward_scale, cfg.agent.time_power) == (0.1, 0)
+    assert (cfg.recipe, cfg.w_clone, cfg.w_critic) == ('pose_code', 1, 0)
+    assert (cfg.reward_scale, cfg.time_power) == (0.1, 0)
     for script in ('train_ct', 'train_ac'):
         with pytest.raises(MissingConfigException, match='other'):
             cfg_of(script, 'recipe=other')
@@ -240,10 +251,10 @@ BAD = {
     'train': [
         ('lr=fast', 'a number above 0: set lr=1e-3'), ('lr=-1', 'set lr='), ('lr=nan', 'set lr='),
         ('lr=inf', 'set lr='), ('lr=true', 'set lr='), ('lr=null', 'set lr='), ('lr=', 'set lr='),
-        ('lr=[1e-3]', 'set lr='), ('agent.lr=0', 'set agent.lr='),
+        ('lr=[1e-3]', 'set lr='), ('lr=0', 'set lr='),
         ('discount=7', 'from 0 to 1: set discount=0.99'), ('use_tb=maybe', 'true or false'),
         ('use_tb=1', 'true or false'), ('save_video=3', 'true or false'),
-        ('agent.hidden_dim=0', 'a whole number from 1: set agent.hidden_dim=1'),
+        ('hidden_dim=0', 'a whole number from 1: set hidden_dim=1'),
         ('num_eval_episodes=2.5', 'a whole number'), ('num_train_frames=1e6', 'a whole number'),
         ('num_train_frames=0', 'set num_train_frames=1'),
         ('num_train_frames=many', 'set num'), ('seed=1.5', 'whole'),
@@ -253,7 +264,7 @@ BAD = {
         ('im_size=8', 'a whole number from 16: set im_size=84'),
         ('replay_buffer_size=1', 'from 2'), ('device=tpu', 'cuda, cpu, auto: set device=auto'),
         ('precision=fp8', 'set precision=fp32'), ('local_dir=3', 'a path'),
-        ('task_name=null', 'a name'), ('agent.critic_target_tau=1.1', 'from 0 to 1'),
+        ('task_name=null', 'a name'), ('critic_target_tau=1.1', 'from 0 to 1'),
         ('stddev_schedule=cosine', 'a number above 0 or linear'),
         ('stddev_schedule=0', 'a number above 0'), ('stddev_schedule=true', 'a number above 0'),
         ('stddev_schedule="linear(1,0.1)"', 'linear(start,end,duration): set stddev_schedule=0.2'),
@@ -305,9 +316,9 @@ def test_a_bad_setting_is_refused_in_a_sentence_and_nothing_is_written(refusal, 
 @pytest.mark.parametrize('script, argument, words', [
     ('train', 'lrr=1', ['no option lrr', 'lr']), ('train', '+lrr=1', ['no option lrr', 'lr']),
     ('train', '++lrr=1', ['no option lrr', 'lr']),
-    ('train', 'hiden_dim=9', ['hiden_dim', 'hidden_dim, agent.hidden_dim']),
-    ('train_ac', 'num_demo=9', ['num_demos']), ('train_ac', '+agent.seed=1', ['agent.seed']),
-    ('train_ac', 'agent.lokahead=[1]', ['agent.lookahead']),
+    ('train', 'hiden_dim=9', ['hiden_dim', 'hidden_dim']),
+    ('train_ac', 'num_demo=9', ['num_demos']), ('train_ac', '+agent.lr=1', ['agent.lr', 'lr']),
+    ('train_ac', 'lokahead=[1]', ['lookahead']),
     ('train_ct', 'code.wieghts.noise=1', ['code.weights.noise']),
     ('train_ct', 'window=7', ['code.window']), ('train', 'lr.foo=1', ['no option lr.foo']),
     ('generate_expert_video', '+scenery.walls.enabled=true', ['scenery.walls.enabled', '.enabled']),
@@ -362,17 +373,17 @@ def test_the_papers_hyperparameters():
         cfg = cfg_of('train', f'task={task}')
         frames, decay = TIERS[tier]
         assert cfg.num_train_frames == frames
-        assert cfg.agent.stddev_schedule == f'linear(1.0,0.1,{decay})'
+        assert cfg.stddev_schedule == f'linear(1.0,0.1,{decay})'
     cfg = cfg_of('train', 'task=reacher_hard')
     assert (cfg.nstep, cfg.batch_size, cfg.discount, cfg.lr) == (3, 256, 0.99, 1e-4)
-    assert (cfg.agent.feature_dim, cfg.agent.hidden_dim) == (50, 1024)
+    assert (cfg.feature_dim, cfg.hidden_dim) == (50, 1024)
     cfg = cfg_of('train', 'task=walker_run')
     assert (cfg.nstep, cfg.batch_size) == (1, 512)
-    assert cfg_of('train', 'task=humanoid_run').agent.lr == 8e-5
+    assert cfg_of('train', 'task=humanoid_run').lr == 8e-5
 
 
 def test_what_the_task_file_says_of_the_expert_is_not_said_of_the_imitator():
     cfg = cfg_of('train_ac', 'task=humanoid_run')
     assert cfg.num_train_frames < 1_000_000 and cfg.lr != 8e-5
     assert cfg.action_repeat is None  # until it is known which expert is imitated
-    assert cfg_of('train', 'task=reacher_hard', 'obs=states').agent.feature_dim is None
+    assert cfg_of('train', 'task=reacher_hard', 'obs=states').feature_dim is None

@@ -146,7 +146,6 @@ def test_bf16_stays_close_to_the_plain_update(obs_shape, monkeypatch):
 
 
 @pytest.mark.parametrize('wrong, words', [
-    ({'update_every_steps': 0}, 'set agent.update_every_steps=1'),
     ({'stddev_schedule': 'linear(1.0,0.1,0)'}, 'duration above 0'),
     ({'precision': 'fp8'}, 'precision=fp8 is neither bf16 nor fp32')])
 def test_settings_with_which_it_cannot_learn_are_refused(wrong, words):

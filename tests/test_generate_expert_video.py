@@ -10,7 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import FakeEnv, edit, save_expert, save_translator, settings, start, wait_until
+from fakes import (
+    FakeEnv,
+    edit,
+    kind_of,
+    save_expert,
+    save_translator,
+    settings,
+    start,
+    wait_until,
+)
 
 import generate_expert_video as script  # first: it imports dmc, which chooses the OpenGL backend
 
@@ -71,7 +80,7 @@ def test_dataset_is_whole(dataset, snapshot):
             assert (frames[0] != frames[1]).any() and (frames[:, 0] != frames[:, 5]).any()
             assert np.shape(episode['qpos']) == (6, 2)
             for context in episode['contexts']:
-                assert contexts.Scenery(clips.meta['scenery']).kind_of(np.array(context)) == look
+                assert kind_of(contexts.Scenery(clips.meta['scenery']), np.array(context)) == look
 
 
 def test_demonstrations_keep_no_actions_and_play_keeps_no_rewards(dataset):
@@ -275,7 +284,7 @@ def test_episodes_are_functions_of_seed_split_and_number():
         for i in range(50):
             episode_seed, looks = script.draw_episode(1, split, i, 3, scenery)
             assert looks.shape == (3, contexts.DIM)
-            assert {scenery.kind_of(each) for each in looks} == {look}
+            assert {kind_of(scenery, each) for each in looks} == {look}
             assert episode_seed % 2 == (look == 'held_out')
             drawn[split, i] = episode_seed
     assert len(set(drawn.values())) == 200 and all(seed < 2**32 for seed in drawn.values())
@@ -498,6 +507,11 @@ def descendants(pid):
     return [other for child in children for other in (child, *descendants(child))]
 
 
+def is_forkserver(pid):
+    """Tell whether it is the process from which workers are forked, or one of these."""
+    return b'forkserver' in Path(f'/proc/{pid}/cmdline').read_bytes()
+
+
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGKILL])
 def test_interrupted(snapshot, tmp_path, sig):
     process = start('generate_expert_video', *SIZES, 'num_train=400', 'num_workers=2',
@@ -505,6 +519,8 @@ def test_interrupted(snapshot, tmp_path, sig):
     wait_until(lambda: process.poll() is not None or list(tmp_path.rglob('episode_*.json')))
     assert process.poll() is None, process.stderr.read()
     workers = descendants(process.pid)
+    forkserver = next(filter(is_forkserver, workers))
+    assert 'libtorch' in Path(f'/proc/{forkserver}/maps').read_text()  # imported once for all
     process.send_signal(sig)
     _, error = process.communicate(timeout=60)
     wait_until(lambda: not any(Path(f'/proc/{pid}').exists() for pid in workers))
@@ -530,11 +546,9 @@ def test_ctrl_c_while_modules_are_imported(snapshot, tmp_path, starting):
     process = start('generate_expert_video', *SIZES, 'num_workers=2', f'snapshot={snapshot}',
                     f'out_dir={tmp_path / "videos"}', cwd=tmp_path, start_new_session=True)
 
-    def has_forkserver():
-        return any(b'forkserver' in Path(f'/proc/{pid}/cmdline').read_bytes()
-                   for pid in descendants(process.pid))
     if starting == 'workers':
-        wait_until(lambda: process.poll() is not None or has_forkserver())
+        wait_until(lambda: process.poll() is not None
+                   or any(map(is_forkserver, descendants(process.pid))))
 
     def blocked():  # from here on imports go on; before, Python itself is starting
         status = Path(f'/proc/{process.pid}/status').read_text()

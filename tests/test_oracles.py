@@ -43,7 +43,7 @@ def test_without_targets_the_critic_learns_from_what_is_replayed():
 @pytest.mark.parametrize('w_critic, words', [(0, 'w_critic=0 leaves no critic .*: set w_critic=1'),
                                              (1, None)])
 def test_the_reward_takes_a_critic(w_critic, words):
-    cfg, checked = SimpleNamespace(agent=SimpleNamespace(w_critic=w_critic)), []
+    cfg, checked = SimpleNamespace(w_critic=w_critic), []
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         check_rewarded(cfg, checked.append)
     assert checked == [cfg]

@@ -296,7 +296,7 @@ def test_less_than_one_step_is_refused(tmp_path):
 
 def test_a_script_says_how_an_interrupted_run_goes_on(tmp_path):
     options = ['task=reacher_easy', 'obs=states', 'use_tb=false', 'save_video=false', 'device=cpu',
-               'num_eval_episodes=1', 'num_seed_frames=1000', 'agent.hidden_dim=32']
+               'num_eval_episodes=1', 'num_seed_frames=1000', 'hidden_dim=32']
     run, log = start('train', *options, f'hydra.run.dir={tmp_path}/run', cwd=tmp_path), (
         tmp_path / 'run/train.csv')
     # updates go on: they began after the first episode, of 1000 frames
@@ -314,7 +314,7 @@ def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     options = ['task=reacher_easy', 'obs=states', 'use_tb=false', 'num_train_frames=2400',
                'num_seed_frames=600', 'snapshot_every_frames=1200', 'eval_every_frames=1200',
                'num_eval_episodes=1', 'save_video=false', 'device=cpu', 'batch_size=32',
-               'agent.hidden_dim=32']
+               'hidden_dim=32']
     def run(name):
         return start('train', *options, f'hydra.run.dir={tmp_path / name}',
                      env={**os.environ, 'OMP_NUM_THREADS': '1'})

@@ -22,6 +22,7 @@ from fakes import (
     differences,
     edit,
     judge_args,
+    kind_of,
     rows,
     save_expert,
     save_translator,
@@ -95,7 +96,7 @@ def make_cfg(folder, data_dir, recipe, changes):
         'train_ac', f'recipe={recipe}', 'device=cpu', 'use_tb=false', 'save_video=false',
         'num_train_frames=160', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
         'num_eval_episodes=2', 'log_every_frames=8', 'snapshot_every_frames=48', 'lookahead=[1,2]',
-        'num_pretrain_updates=5', 'hidden_dim=16', 'agent.num_expl_steps=10', 'stddev_schedule=1.0',
+        'num_pretrain_updates=5', 'hidden_dim=16', 'num_expl_steps=10', 'stddev_schedule=1.0',
         snapshot=f'{folder}/ct.pt', data_dir=str(data_dir), expert=f'{folder}/expert.pt')
     cfg.merge_with(changes)
     return cfg
@@ -470,7 +471,7 @@ def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_p
             looks.append(resets[-1][1]['context'])
         assert set(demos) == {0, 1}
         assert np.array_equal(looks[0], looks[1]) and not np.array_equal(looks[0], looks[2])
-        assert {contexts.Scenery(SCENERY).kind_of(look) for look in looks} == {kind}
+        assert {kind_of(contexts.Scenery(SCENERY), look) for look in looks} == {kind}
 
 
 def test_play_that_is_missing_beside_ones_own_videos_is_told(imported, tmp_path, no_filming):
@@ -570,14 +571,15 @@ def test_settings_that_go_together_pass(cfg, overrides):
     train_ac.check_all_settings(cfg)
 
 
-def test_what_is_set_for_the_agent_alone_holds_for_its_environment_too(cfg, tmp_path):
-    agent = {'num_frames': 5, 'lookahead': [1, 2, 4], 'reward_scale': 0.7, 'time_power': 1,
-             'w_critic': 1.0}
-    cfg.merge_with({'agent': agent})
+def test_settings_hold_for_agent_and_environment_alike(cfg, tmp_path):
+    settings = {'num_frames': 5, 'lookahead': [1, 2, 4], 'reward_scale': 0.7, 'time_power': 1,
+                'w_critic': 1.0}
+    cfg.merge_with(settings)
     workspace = make(cfg, tmp_path / 'whole')
     assert workspace.train_env.observation_spec().shape == tuple(workspace.agent_args['obs_shape'])
+    assert settings.items() <= workspace.agent_args.items()
     workspace.train()  # relabelled rewards too
-    cfg.merge_with({'agent': {'lookahead': [2]}})
+    cfg.merge_with({'lookahead': [2]})
     refused(cfg, tmp_path, 'set relabel=0')
 
 

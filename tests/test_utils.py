@@ -331,8 +331,6 @@ def test_device():
         assert utils.pick_device('auto').type == 'cpu'
         with pytest.raises(UserError, match='device=auto'):
             utils.pick_device('cuda')
-    with pytest.raises(UserError, match='tpu'):
-        utils.pick_device('tpu')
 
 
 def test_scripts_end_with_one_sentence_and_code_2(tmp_path):
