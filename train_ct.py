@@ -254,6 +254,8 @@ class PoseProbe:
     reads twice the angle well (less than 10% gross errors) and the angle badly (more than 30%).
     """
 
+    NUM_STEPS = 3000  # of fitting
+
     def __init__(self, splits: dict[str, video.Clips], num_episodes: int = 50,
                  device: torch.device | str = 'cpu'):
         """Take the poses to fit to and to measure on.
@@ -352,9 +354,8 @@ class PoseProbe:
             torch.manual_seed(seed)
             net = normed_mlp(z.shape[1], 256, truth.shape[1]).to(z.device)
             optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-            num_steps = 3000
-            for step in range(num_steps):
-                optimizer.param_groups[0]['lr'] = 1e-3 * (1 - step / num_steps)
+            for step in range(self.NUM_STEPS):
+                optimizer.param_groups[0]['lr'] = 1e-3 * (1 - step / self.NUM_STEPS)
                 rows = torch.randint(len(z), (512,)).to(z.device)
                 loss = F.mse_loss(net((z[rows] - mean) / std), truth[rows])
                 optimizer.zero_grad(set_to_none=True)

@@ -36,8 +36,6 @@ def test_encoder_sizes():
     assert Encoder((9, 84, 84)).repr_dim == 39200
     out = Encoder((9, 84, 84))(torch.zeros(2, 9, 84, 84, dtype=torch.uint8))
     assert out.shape == (2, 39200)
-    with pytest.raises(UserError, match='im_size'):
-        Encoder((9, 8, 8))
     states = torch.randn(2, 6)
     assert Encoder((6,))(states) is states
 

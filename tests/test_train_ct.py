@@ -721,7 +721,8 @@ class TrueFeatures:
         return torch.stack([exact + 0.1, exact - 0.1])
 
 
-def test_the_true_pose_has_the_best_scores():
+def test_the_true_pose_has_the_best_scores(monkeypatch):
+    monkeypatch.setattr(PoseProbe, 'NUM_STEPS', 1000)
     splits = pose_splits('train', 'valid', 'play', 'play_valid')
     features = TrueFeatures(splits)
     random_state = torch.get_rng_state()
