@@ -305,8 +305,6 @@ class ContextTranslator(nn.Module):
           z_dim, hidden: of the features, and of the layer before them and in T; the paper has 1024.
           kernel: of the convolutions; the paper has 5. 4 covers all pixels evenly at stride 2.
           code_dim: numbers in the pose code, which takes `action_dim`; None is the paper's model.
-
-        Raises: UserError for sizes that do not fit: im_size is the videos'.
         """
         super().__init__()
         self.im_size, self.z_dim = im_size, z_dim

@@ -409,8 +409,9 @@ def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
     """Processes that take `make_episode`."""
     # They keep the cores busy: threads of software OpenGL would only be in their way.
     os.environ.setdefault('LP_NUM_THREADS', '0')
-    # They are forked from a process that has imported, once for all of them, what takes long; but
-    # not dm_control, which opens OpenGL's display, and that is not safe to share.
+    # They are forked from a server process that imports the slow modules once. dm_control is not
+    # among them: it opens OpenGL's display, which forked processes must not share. A kill -9 leaves
+    # the server's socket behind, in $TMPDIR/pymp-*.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['torch', 'hydra', 'cv2', 'imageio.v3'])
     return ProcessPoolExecutor(num_workers, context, start_worker, (cfg,))

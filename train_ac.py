@@ -83,7 +83,7 @@ def adopt_action_repeat(cfg, source: str | Path, action_repeat: int):
 
 
 def film_demonstrations(cfg, im_size: int):
-    """Film what is to be imitated, in a process of its own, or go on with that."""
+    """Film the demonstrations that are missing, in a process of its own."""
     expert = utils.load_snapshot(cfg.expert, 'expert', cfg.task_name,
                                  remedy=f'python train.py task={cfg.task_name}')
     adopt_action_repeat(cfg, cfg.expert, expert['made_by']['env_args']['action_repeat'])
@@ -159,7 +159,7 @@ def judge_translator(scores: dict[str, float]) -> str:
 
 
 def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
-    """Return the splits 'train' and 'valid', and 'play' where cloning needs it; film what lacks.
+    """Return the splits 'train', 'valid' and, where cloning needs it, 'play'; film what is missing.
 
     Raises: UserError where they are not of this task, or drawn otherwise than pictures are here.
     """

@@ -83,7 +83,7 @@ class PairSampler:
         return episodes[0], contexts[0], episodes[1], contexts[1], frames
 
     def _frame_probs(self, i: int) -> np.ndarray:
-        """Return with which probability each frame of episode i is drawn: float64 (T+1,).
+        """Return the probability of drawing each frame of episode i: float64 (T+1,).
 
         Half of the probability is uniform, half in proportion to the change since the frame before.
         Experts soon stand where they want to be, and from then on all frames show the same.

@@ -252,7 +252,7 @@ def check_settings(cfg, script: str):
     except OmegaConfBaseException as error:
         raise UserError(f'{error.full_key} cannot be worked out ({str(error).splitlines()[0]}): '
                         'set a plain value.') from error
-    for key in sorted(values, key=lambda key: key.count('.')):  # agent.lr is lr, unless it is set
+    for key in sorted(values, key=lambda key: key.count('.')):
         words, _, example = rule_of(key, script).partition(', such as ')
         if not allows(words, values[key]):
             example = example or words.removesuffix(' or null').split()[-1]
@@ -597,7 +597,7 @@ def set_precision(name: str):
 # ------------------------------------------------------------------------------- schedules and time
 
 def schedule(spec: str | float, step: int) -> float:
-    """Return a schedule's value: of a number, or 'linear(start,end,duration)' over agent steps."""
+    """Return a schedule's value at a step: it is a number, or 'linear(start,end,duration)'."""
     try:
         return float(spec)
     except (TypeError, ValueError):

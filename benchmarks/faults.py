@@ -266,6 +266,7 @@ def disturbed(command: list[str], whole: bytes, seconds: float, folder: Path, rn
         while (process.poll() is None and traces(folder) == before
                and time.monotonic() < deadline):
             time.sleep(0.02)
+        hangs = process.poll() is None and traces(folder) == before
         time.sleep(rng.uniform(0, 0.15) * seconds)
         process.send_signal(number)
         output = finish(process, 30)
@@ -274,7 +275,7 @@ def disturbed(command: list[str], whole: bytes, seconds: float, folder: Path, rn
         code = -number if number == signal.SIGKILL else 128 + number
         said = 'to resume: python' if number != signal.SIGKILL else ''
         ended = judge(process, output, code, said)
-        if progress(folder) < steps:
+        if hangs or progress(folder) < steps:
             ended = 'failed'
         steps, hits = progress(folder), hits + 1
         if ended == 'failed':
