@@ -22,8 +22,8 @@ FRAMES_reacher_hard    = 20_000
 FRAMES_finger_spin     = 20_000
 
 # What a budget buys, as overrides of each script. From shipped weights, on two cores without a GPU,
-# full took 6 minutes (reacher_hard) to 31 (finger_turn_easy, beside other runs), smoke two to three.
-# walker_walk, which trains two imitators, takes longer and was not timed as a whole.
+# full took 6 to 8 minutes (reacher_hard) to 31 (finger_turn_easy, beside other runs), smoke two to
+# three. walker_walk, which trains two imitators, takes longer and was not timed as a whole.
 EXPERT_full      = num_train_frames=300_000
 VIDEOS_full      = num_train=$(or $(DEMOS_$(TASK)),500) num_valid=30 \
     num_play=$(or $(PLAY_$(TASK)),500) \
