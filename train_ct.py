@@ -254,7 +254,7 @@ class PoseProbe:
     reads twice the angle well (less than 10% gross errors) and the angle badly (more than 30%).
     """
 
-    NUM_STEPS = 3000  # of fitting
+    NUM_STEPS = 3000  # updates that fit the probe
 
     def __init__(self, splits: dict[str, video.Clips], num_episodes: int = 50,
                  device: torch.device | str = 'cpu'):
@@ -501,7 +501,7 @@ class Run:
                    'code': OmegaConf.to_container(cfg.code) if model.code else None,
                    'expert_sha256': clips.meta['expert_sha256'],
                    'num_clips': len(clips), 'num_play': len(splits.get('play', ())),
-                   'videos': clips.meta['versions'],  # of the packages that drew them
+                   'videos': clips.meta['versions'],  # the packages that drew them
                    'quality': clips.meta['quality'],
                    **{key: cfg[key] for key in (
                        'seed', 'recipe', 'pairs', 'num_train_steps', 'batch_size',

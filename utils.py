@@ -252,7 +252,7 @@ def check_settings(cfg, script: str):
     except OmegaConfBaseException as error:
         raise UserError(f'{error.full_key} cannot be worked out ({str(error).splitlines()[0]}): '
                         'set a plain value.') from error
-    for key in sorted(values, key=lambda key: key.count('.')):
+    for key in values:
         words, _, example = rule_of(key, script).partition(', such as ')
         if not allows(words, values[key]):
             example = example or words.removesuffix(' or null').split()[-1]

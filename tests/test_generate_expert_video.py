@@ -502,7 +502,7 @@ def test_a_fifth_of_ones_videos_is_held_out(tmp_path, num, overrides, counts):
 
 
 def descendants(pid):
-    """Process ids of its children, of their children, and so on."""
+    """Return the ids of its child processes, of theirs, and so on."""
     children = map(int, Path(f'/proc/{pid}/task/{pid}/children').read_text().split())
     return [other for child in children for other in (child, *descendants(child))]
 

@@ -186,7 +186,7 @@ def as_shorter(path):
 
 
 def as_pickle(path):
-    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    np.save(path, np.array([{}], dtype=object))
 
 
 @pytest.mark.parametrize('name, damage', [
