@@ -78,8 +78,9 @@ def adopt_action_repeat(cfg, source: str | Path, action_repeat: int):
     if cfg.action_repeat not in (None, action_repeat):
         raise UserError(f'the expert behind {source} repeats its actions {action_repeat} times, '
                         f'not {cfg.action_repeat}: leave action_repeat out.')
-    cfg.action_repeat = action_repeat
-    check_all_settings(cfg)
+    if cfg.action_repeat is None:
+        cfg.action_repeat = action_repeat
+        check_all_settings(cfg)
 
 
 def film_demonstrations(cfg, im_size: int):

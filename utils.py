@@ -780,8 +780,10 @@ def sha256(snapshot: str | Path) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that pixels, physics and weights depend on."""
-    return {name: importlib.metadata.version(name)
-            for name in ('torch', 'mujoco', 'dm_control', 'numpy')}
+    return {name: _version(name) for name in ('torch', 'mujoco', 'dm_control', 'numpy')}
+
+
+_version = functools.cache(importlib.metadata.version)
 
 
 def require_same_pictures(source: str | Path, there: dict, quality: list | None, here: list,

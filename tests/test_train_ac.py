@@ -94,7 +94,7 @@ def make_cfg(folder, data_dir, recipe, changes):
     save_translator(folder / 'ct.pt', code=recipe == 'pose_code')
     cfg = settings(
         'train_ac', f'recipe={recipe}', 'device=cpu', 'use_tb=false', 'save_video=false',
-        'num_train_frames=160', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
+        'num_train_frames=128', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
         'num_eval_episodes=2', 'log_every_frames=8', 'snapshot_every_frames=48', 'lookahead=[1,2]',
         'num_pretrain_updates=5', 'hidden_dim=16', 'num_expl_steps=10', 'stddev_schedule=1.0',
         snapshot=f'{folder}/ct.pt', data_dir=str(data_dir), expert=f'{folder}/expert.pt')
@@ -159,11 +159,11 @@ VARIANTS = [('liu2017', {}), ('pose_code', {}),
 def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, whole, tmp_path,
                                                                     monkeypatch, overlap, recipe):
     killed = make(cfg, tmp_path / 'killed', overlap)
-    watch(monkeypatch, killed.train_env, 'step', 58, die)
+    watch(monkeypatch, killed.train_env, 'step', 50, die)
     with pytest.raises(Killed):
         killed.train()
     resumed = make(cfg, tmp_path / 'killed', overlap)
-    assert 0 < resumed.global_step < 58
+    assert 0 < resumed.global_step < 50
     resumed.train()
     assert learned_alike(whole, tmp_path / 'killed')
     agent = agent_of(whole, 'imitator')
@@ -279,7 +279,7 @@ def test_the_report_says_how_it_compares(cfg, tmp_path):
     for name, who in (('task', 'imitator'), ('expert', 'expert'), ('random', 'random')):
         returns = episodes[f'{name}_return']
         assert f'| return, {who} | {returns.mean():.1f} ± {returns.std():.1f} |' in text
-    assert f'| agent steps (frames) | 80 (160) |\n| minutes | 0 |\n| seed | {cfg.seed} |' in text
+    assert f'| agent steps (frames) | 64 (128) |\n| minutes | 0 |\n| seed | {cfg.seed} |' in text
     low, high = result['random_return'], result['expert_return']
     score = (result['task_return'] - low) / (high - low)
     assert f'| (imitator - random) / (expert - random) | {score:.2f} |' in text
@@ -635,8 +635,8 @@ def test_before_there_are_videos_it_asks_the_expert_how_often(cfg, tmp_path, no_
     save_expert(cfg.expert, cfg.task_name, action_repeat=1)
     refused(cfg, tmp_path, '1 times, not 2: leave action_repeat out')
     cfg.action_repeat = None
-    save_expert(cfg.expert, cfg.task_name, action_repeat=161)
-    refused(cfg, tmp_path, 'num_train_frames=160 is not even one step of 161')
+    save_expert(cfg.expert, cfg.task_name, action_repeat=129)
+    refused(cfg, tmp_path, 'num_train_frames=128 is not even one step of 129')
     assert not no_filming
     cfg.action_repeat = None
     save_expert(cfg.expert, cfg.task_name, action_repeat=1)
