@@ -240,33 +240,14 @@ class Start(NamedTuple):
     truth: np.ndarray | None  # the demonstration in the agent's context, uint8 (T+1, H, W, 3)
 
 
-NUM_RESETS = 1024  # of the task, among which the start of a video is sought
-
-
-def find_starts(env, demos: Demonstrations) -> list[int]:
-    """Return for each demonstration the seed of that reset of the task which looks most like its
-    first frame: the nearest in features, of the same resets for all.
-
-    Features hold what moves. Where a reset also places what stands still, as reacher's target, that
-    is not found.
-    """
-    meta, rng = demos.clips.meta, np.random.default_rng(0)
-    scenery, seeds, features = Scenery(meta['scenery']), rng.integers(2 ** 31, size=NUM_RESETS), []
-    for seed in seeds.tolist():
-        env.reset(episode_seed=seed, context=scenery.sample(rng, meta['contexts']))
-        features.append(demos.encode(env.render(meta['im_size'])))
-    nearest = torch.cdist(demos.features()[:, 0], torch.stack(features)).argmin(1)
-    return seeds[nearest.numpy()].tolist()
-
-
 class Imitation(dmc.Wrapper):
     """Imitation as an environment: the agent tracks a translated demonstration.
 
     `reset` draws a demonstrated episode and one of the contexts in which it was filmed. The agent
     starts from the expert's initial state, in that context. The episode's videos in the other
     contexts are translated into it, given the agent's first image. `start_seed` is the seed of the
-    task's own reset. With one's own videos neither is known: the agent starts where it looks most
-    like the demonstration (`find_starts`), in any context of the split's kind.
+    task's own reset. With one's own videos neither is known: the agent starts from the reset which
+    looks most like the demonstration's first frame, in any context of the split's kind.
 
     Observation: see `Layout`. Targets are counted from the demonstration's phase: the agent's own
       step or, with timing='nearest', that step of the demonstration whose last frames are most like
@@ -296,7 +277,7 @@ class Imitation(dmc.Wrapper):
         self._evaluate, self._rng = evaluate, np.random.default_rng(0)
         self._image_var = demos.image_variance() if w_img else None
         self._horizon = demos.clips.frames(0).shape[1] - 1
-        self._ended, self._found = True, None
+        self._ended = True
         self._spec = specs.Array((layout.size,), np.float32, 'observation')
 
     def observation_spec(self):
@@ -338,9 +319,8 @@ class Imitation(dmc.Wrapper):
             own = int(rng.integers(len(contexts)))
             return Start(demo['episode_seed'], np.asarray(demo['contexts'][own]),
                          [c for c in contexts if c != own], clips.frames(i)[own])
-        self._found = self._found or find_starts(self._env, self._demos)
         context = Scenery(clips.meta['scenery']).sample(rng, clips.meta['contexts'])
-        return Start(self._found[i], context, list(contexts), None)
+        return Start(demo['start_seed'], context, list(contexts), None)
 
     def _random_return(self, episode_seed: int) -> float:
         rng, total = np.random.default_rng(episode_seed), 0.0

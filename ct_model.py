@@ -131,6 +131,36 @@ def normed_mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
                          nn.Linear(hidden, out_dim))
 
 
+class StillEncoder(nn.Module):
+    """Tells what stands still in an image, in whatever context: (N, H, W, 3) -> (N, dim).
+
+    The pose code tells what moves, and a task may place more at its resets, as reacher its target.
+    This one learns from pairs of images, each of one episode in two contexts and at two moments.
+    By InfoNCE (van den Oord et al. 2018), the negative squared distance of two images becomes the
+    logarithm of the odds that they belong together; where nothing stands still, it stays near 0.
+    """
+
+    def __init__(self, im_size: int, channels: tuple[int, ...] = (32, 64, 64), hidden: int = 256,
+                 dim: int = 16):
+        super().__init__()
+        convs = [layer for pair in zip((3, *channels[:-1]), channels, strict=True)
+                 for layer in (nn.Conv2d(*pair, 4, 2, 1), nn.ReLU())]
+        size = channels[-1] * (im_size // 2 ** len(channels)) ** 2
+        self.net = nn.Sequential(*convs, nn.Flatten(), nn.Linear(size, hidden),
+                                 nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return float32 (N, dim) of images uint8 (N, H, W, 3)."""
+        return self.net(to_float(images))
+
+    def loss(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Return the loss, 0-d, of pairs uint8 (N, 2, H, W, 3): others in the batch do not belong
+        to a pair."""
+        first, second = self(pairs.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+        odds, own = -torch.cdist(first, second).square(), torch.arange(len(first)).to(first.device)
+        return (F.cross_entropy(odds, own) + F.cross_entropy(odds.T, own)) / 2
+
+
 class Dynamics(nn.Module):
     """An ensemble that predicts the next code from the last HISTORY codes and the action.
 

@@ -25,7 +25,7 @@ import hashlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -42,7 +42,8 @@ import dmc  # first: it chooses the OpenGL backend before anything imports mujoc
 import contexts
 import utils
 import video
-from ac_agent import load_imitator
+from ac_agent import load_imitator, load_translator
+from ct_model import ContextTranslator, StillEncoder
 from drqv2 import DrQV2Agent
 from logger import Progress
 from utils import UserError
@@ -248,10 +249,11 @@ class Studio:
         and its snapshot's sha256."""
         return *load_player(self.cfg, contexts), utils.sha256(self.cfg.player)
 
-    def make(self, split: str, i: int):
+    def make(self, split: str, i: int, start_seed: int | None):
+        """Write episode i; of one's own videos, with the seed of the reset that it starts like."""
         cfg, root, kind = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
         if split in self.mp4s:
-            self.take_over(root, i, self.mp4s[split][i])
+            self.take_over(root, i, self.mp4s[split][i], start_seed)
             return
         episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
         env, agent = self.env, self.agent
@@ -275,14 +277,38 @@ class Studio:
             'episode_seed': episode_seed, **kept, 'qpos': happened['qpos'],
             'contexts': looks.tolist()})
 
-    def take_over(self, root: Path, i: int, files: list[Path]):
-        """Write these video files as episode i."""
-        clips, rates = zip(*(video.load(path, self.fps, self.cfg.episode_len + 1, self.cfg.im_size)
+    def load(self, files: list[Path], num_frames: int) -> tuple[np.ndarray, list[float]]:
+        """Return the first frames of an episode's files, uint8 (C, num_frames, H, W, 3), and the
+        files' frame rates."""
+        clips, rates = zip(*(video.load(path, self.fps, num_frames, self.cfg.im_size)
                              for path in files), strict=True)
-        frames = np.stack(clips)
+        return np.stack(clips), list(rates)
+
+    def take_over(self, root: Path, i: int, files: list[Path], start_seed: int):
+        """Write these video files as episode i."""
+        frames, rates = self.load(files, self.cfg.episode_len + 1)
         self.preview(root, i, frames, [path.parent.name for path in files])
         video.write_episode(root, i, frames, {
-            'files': [str(path.relative_to(self.cfg.from_mp4)) for path in files], 'fps': rates})
+            'files': [str(path.relative_to(self.cfg.from_mp4)) for path in files], 'fps': rates,
+            'start_seed': start_seed})
+
+    def show_resets(self, part: int, num: int) -> tuple[list[int], np.ndarray]:
+        """Return the seeds of `num` resets, and two images of each, in two seen contexts: of the
+        start, and after 0 to 30 random actions; uint8 (num, 2, H, W, 3)."""
+        rng = np.random.default_rng((self.cfg.seed, part))
+        seeds, images = rng.integers(2 ** 31, size=num).tolist(), []
+        cameras = [self.env.camera(self.cfg.im_size) for _ in range(2)]
+        for n, seed in enumerate(seeds):
+            if n % 5 == 0:  # to paint a context takes longer than to look at it
+                looks = [self.scenery.sample(rng, 'seen') for _ in cameras]
+            player = RandomPlay(seed, self.env.action_spec().shape)
+            time_step = self.env.reset(episode_seed=seed)
+            start = cameras[0].render(looks[0])
+            for _ in range(rng.integers(31)):
+                if not time_step.last():
+                    time_step = self.env.step(player.act(None, 0, eval_mode=True))
+            images.append([start, cameras[1].render(looks[1])])
+        return seeds, np.array(images)
 
     def preview(self, root: Path, i: int, frames: np.ndarray, labels: list[str]):
         if i < NUM_PREVIEWS:
@@ -301,8 +327,12 @@ def start_worker(cfg):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def make_episode(split: str, i: int):
-    studio().make(split, i)
+def make_episode(split: str, i: int, start_seed: int | None):
+    studio().make(split, i, start_seed)
+
+
+def show_resets(part: int, num: int) -> tuple[list[int], np.ndarray]:
+    return studio().show_resets(part, num)
 
 
 def describe(cfg, split: str, env_args: dict, joints: list[str]) -> dict:
@@ -373,6 +403,8 @@ def generate(cfg):
         utils.check_disk(cfg.out_dir, clip_bytes * sum(
             order.num_missing * order.meta['num_contexts'] for order in orders),
             'the dataset', 'set num_train or num_contexts lower')
+        if any(is_own(cfg, order.name) and order.num_missing for order in orders):
+            load_code(cfg)
         fill(cfg, orders)
 
 
@@ -401,12 +433,97 @@ def fill(cfg, orders: list[Order]):
         for leftover in order.root.glob('.tmp-*'):  # of a generation that was killed
             leftover.unlink()
     jobs = [(order.name, i) for order in orders for i in order.missing()]
+    own = find_starts(cfg, [job for job in jobs if is_own(cfg, job[0])])
     if jobs:
-        film_all(cfg, jobs, total=sum(order.num_episodes for order in orders))
+        total = sum(order.num_episodes for order in orders)
+        share_out(cfg, make_episode, [(*job, own.get(job)) for job in jobs],
+                  Progress(total, 'episode', total - len(jobs)))
+
+
+def is_own(cfg, split: str) -> bool:
+    """Whether the split is made of one's own videos."""
+    return bool(cfg.from_mp4) and SPLITS[split].actor == 'expert'
+
+
+# ------------------------------------------------------------------- where one's own videos start
+
+RESETS_IN_PART, NUM_PARTS, NUM_UPDATES, BATCH_SIZE = 500, 100, 2500, 128
+CODE_SCALE = 0.3  # squared distance of codes that weighs as much as a factor e in the odds
+
+
+def load_code(cfg) -> tuple[ContextTranslator, torch.device]:
+    """Return the translator whose code tells poses, and its device.
+
+    Raises: UserError where it is missing, or of other images.
+    """
+    device = utils.pick_device('auto')
+    model, _ = load_translator(cfg.translator, cfg.task_name, 'pose_code', device, 'bf16')
+    if model.im_size != cfg.im_size:
+        raise UserError(f'{cfg.translator}, which tells where your own videos start, takes images '
+                        f'of {model.im_size} pixels, not {cfg.im_size}: set '
+                        f'im_size={model.im_size}.')
+    return model, device
+
+
+def find_starts(cfg, videos: list[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """Return the seed of that reset of the task which looks most like the first frame of each of
+    one's own videos, (split, i).
+
+    Many resets are drawn, the same for all videos. Near are those with a like code, which tells
+    what moves, and alike to a `StillEncoder`, which learns from these resets what stands still.
+    """
+    if not videos:
+        return {}
+    model, device = load_code(cfg)
+    print(f'looking for the starts of {len(videos)} videos of your own: first among '
+          f'{RESETS_IN_PART * NUM_PARTS:,} resets, then an encoder learns to compare them; some 10 '
+          'minutes on two cores', flush=True)
+    parts = share_out(cfg, show_resets, [(part, RESETS_IN_PART) for part in range(NUM_PARTS)],
+                      Progress(NUM_PARTS, 'part'))
+    seeds, images = (np.concatenate(part) for part in zip(*parts, strict=True))
+    images = torch.from_numpy(images)
+    still = learn_what_stands_still(images, device, cfg.seed)
+
+    @torch.no_grad()
+    def describe(images: torch.Tensor, num_starts: int) -> torch.Tensor:
+        """Return what is compared: the code of the first images of (N, K, H, W, 3), and what stands
+        still in all of them."""
+        images = images.to(device)
+        code = model.code(model.encode(images[:, :num_starts])).mean(1)
+        stays = still(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
+        return torch.cat([code / (CODE_SCALE * code.shape[1]) ** 0.5, stays], dim=1)
+    of_resets = torch.cat([describe(part, num_starts=1) for part in images.split(RESETS_IN_PART)])
+    studio = Studio(cfg)
+    starts = torch.from_numpy(np.stack([studio.load(studio.mp4s[split][i], 1)[0][:, 0]
+                                        for split, i in videos]))
+    of_videos = describe(starts, num_starts=starts.shape[1])  # one moment, in all contexts
+    nearest = torch.cdist(of_videos, of_resets).argmin(1).cpu().numpy()
+    return dict(zip(videos, seeds[nearest].tolist(), strict=True))
+
+
+def learn_what_stands_still(images: torch.Tensor, device: torch.device, seed: int) -> StillEncoder:
+    """Train an encoder on pairs of images, uint8 (N, 2, H, W, 3)."""
+    torch.manual_seed(seed)
+    still = StillEncoder(images.shape[2]).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(still.parameters(), fused=True)
+    progress = Progress(NUM_UPDATES, 'update')
+    for update in range(NUM_UPDATES):
+        optimizer.param_groups[0]['lr'] = 1e-3 * min(1, 1.2 * (1 - update / NUM_UPDATES))
+        batch = torch.randint(len(images), (BATCH_SIZE,))
+        loss = still.loss(images[batch].to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        progress.show(update + 1)
+    progress.close()
+    return still
+
+
+# ----------------------------------------------------------------------------------- processes
 
 
 def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
-    """Processes that take `make_episode`."""
+    """Processes that take `make_episode` and `show_resets`."""
     # They keep the cores busy: threads of software OpenGL would only be in their way.
     os.environ.setdefault('LP_NUM_THREADS', '0')
     # They are forked from a server process that imports the slow modules once. dm_control is not
@@ -417,27 +534,28 @@ def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(num_workers, context, start_worker, (cfg,))
 
 
-def film_all(cfg, jobs: list[tuple[str, int]], total: int):
-    """Share the jobs, (split, i) each, out to processes. Those begun are finished on Ctrl-C."""
+def share_out(cfg, make: Callable, jobs: list[tuple], progress: Progress) -> list:
+    """Share the jobs, arguments of `make`, out to processes, and return what each returns. Those
+    begun are finished on Ctrl-C."""
     num_workers = cfg.num_workers or min(len(os.sched_getaffinity(0)), 8)
-    done = total - len(jobs)
-    progress = Progress(total, 'episode', done)
+    results, done = [], progress.done
     pool = open_pool(cfg, min(num_workers, len(jobs)))
     try:
         # The main process answers Ctrl-C, and lets its workers finish what they began. They inherit
         # the blocked signal, so that they never get it, not even while they start.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        episodes = pool.map(make_episode, *zip(*jobs, strict=True))
+        coming = pool.map(make, *zip(*jobs, strict=True))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for _ in episodes:
-            done += 1
-            progress.show(done)
+        for result in coming:
+            results.append(result)
+            progress.show(done + len(results))
     except BrokenProcessPool as error:
         raise UserError('a worker died, perhaps for want of memory: set num_workers lower; the '
                         'same command goes on from here.') from error
     finally:
         pool.shutdown(cancel_futures=True)
         progress.close()
+    return results
 
 
 def next_command(cfg) -> str:

@@ -9,7 +9,8 @@ A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder 
         episode_00012.json  episode_seed, contexts, qpos (the pose in each frame, for evaluation
                             only); an expert's has rewards and expert_return, play's has
                             actions; frames_crc32, the checksum of the .npy. One's own videos
-                            have only `files`, their names, and `fps`, their rates
+                            have only `files`, their names, `fps`, their rates, and
+                            `start_seed`, of the reset that looks most like their first frame
         preview_00000.mp4   the first episodes, all contexts side by side: to look at
 
 Each json ends with the checksum of its own text. An episode is there once its json is: the frames
@@ -280,8 +281,10 @@ class Clips:
         self._shape = (meta['num_contexts'], meta['episode_len'] + 1, size, size, 3)
         self._episodes = [read_json(path.with_suffix('.json')) for path in self._paths]
         self._checked = set()
-        for i in range(len(self)):  # reads the headers and compares the files' sizes with them
-            self._open(i)
+        for i, path in enumerate(self._paths):
+            self._open(i)  # reads the header and compares the file's size with it
+            if self.imported and 'start_seed' not in self._episodes[i]:
+                raise _damaged(path)
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from fakes import (
+    CFGS,
+    SCENERY,
     FakeEnv,
     edit,
     kind_of,
@@ -29,7 +31,7 @@ import dmc
 import train_ac
 import utils
 import video
-from ac_agent import load_imitator
+from ac_agent import load_imitator, load_translator
 
 SIZES = ['task=reacher_easy', 'num_train=2', 'num_valid=1', 'num_play=2', 'num_play_valid=1',
          'num_contexts=2', 'episode_len=5', 'im_size=32']
@@ -413,11 +415,27 @@ def mp4s(dataset, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def imported(mp4s, tmp_path_factory):
+def translator(tmp_path_factory):
+    path = tmp_path_factory.mktemp('ct') / 'reacher_easy.pt'
+    save_translator(path, 'reacher_easy', im_size=32)
+    return path
+
+
+def take_over(mp4s, *overrides, num_resets=8, num_updates=2):
+    """Make demonstrations of videos, after a short search for their starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (('NUM_PARTS', 2), ('RESETS_IN_PART', num_resets // 2),
+                            ('NUM_UPDATES', num_updates)):
+            patch.setattr(script, name, value)
+        script.generate(config(f'from_mp4={mp4s}', *overrides))
+
+
+@pytest.fixture(scope='module')
+def imported(mp4s, translator, tmp_path_factory):
     """No expert is needed."""
     out_dir = tmp_path_factory.mktemp('videos')
-    script.generate(config(f'from_mp4={mp4s}', f'out_dir={out_dir}', 'snapshot=none.pt',
-                           'num_workers=1'))
+    take_over(mp4s, f'out_dir={out_dir}', 'snapshot=none.pt', f'translator={translator}',
+              'num_workers=1')
     return out_dir
 
 
@@ -432,7 +450,7 @@ def test_videos_of_ones_own_become_demonstrations(dataset, mp4s, imported):
         assert clips.meta['expert_sha256'] is None and clips.meta['action_repeat'] == 2
         for i in range(num):
             episode = clips.episode(i)
-            assert episode.keys() == {'index', 'files', 'fps', 'frames_crc32'}  # nothing made up
+            assert episode.keys() == {'index', 'files', 'fps', 'start_seed', 'frames_crc32'}
             assert episode['fps'] == [50, 50]
             k = int(episode['files'][0].removeprefix('look0/clip').removesuffix('.mp4'))
             assert episode['files'] == [f'look{c}/clip{k}.mp4' for c in range(2)]
@@ -460,19 +478,53 @@ def test_an_import_that_is_whole_is_left_alone_and_other_files_are_told(mp4s, im
     assert contents(imported) == before
 
 
+def test_the_start_of_ones_own_video_is_the_reset_that_looks_like_it(tmp_path):
+    """With the translator that ships, in held-out contexts, on reacher's arm. H.264 changes no
+    codes."""
+    scene, rng = contexts.Scenery(SCENERY), np.random.default_rng(1)
+    env = dmc.ActionRepeat(dmc.load_suite('reacher_hard', scene), 2)
+    originals, poses = [], []
+    for i in range(2):
+        env.reset(episode_seed=i, context=scene.sample(rng, 'held_out'))
+        poses.append(env.qpos())
+        frames = [env.render(64)]
+        for _ in range(10):
+            env.step(rng.uniform(-1, 1, 2))
+            frames.append(env.render(64))
+        originals.append(np.stack(frames))
+        large = originals[-1].repeat(2, 0).repeat(4, 1).repeat(4, 2)  # 256 pixels, twice the rate
+        video.save(tmp_path / f'mp4/{i}.mp4', large, fps=50)
+    path = CFGS.parent / 'ct/reacher_hard.pt'
+    take_over(tmp_path / 'mp4', 'task=reacher_hard', f'translator={path}', 'num_play=0',
+              'num_play_valid=0', 'im_size=64', 'episode_len=10', f'out_dir={tmp_path}/videos',
+              num_resets=256)
+    splits = [video.Clips(tmp_path / 'videos' / split) for split in ('train', 'valid')]
+    model, _ = load_translator(path, 'reacher_hard', 'pose_code', torch.device('cpu'), 'bf16')
+    for clips in splits:
+        i = int(clips.episode(0)['files'][0].removesuffix('.mp4'))
+        there, here = (model.code(model.encode(torch.from_numpy(np.array(frames))))
+                       for frames in (originals[i], clips.frames(0)[0]))
+        assert (there - here).square().mean() < 0.02  # of codes, which have unit variance
+        env.reset(episode_seed=clips.episode(0)['start_seed'])
+        off = (env.qpos() - poses[i] + np.pi) % (2 * np.pi) - np.pi
+        assert abs(off).max() < 0.7  # of two pi: a pose at random is seldom as near (5%)
+
+
 @pytest.mark.parametrize('damage, overrides, sentence', [
     (lambda folder: shutil.rmtree(folder), [], 'holds no videos'),
+    (lambda folder: None, ['translator=none.pt'], 'train_ct.py'),
+    (lambda folder: None, ['im_size=48'], 'images of 32 pixels, not 48: set im_size=32'),
     (lambda folder: (folder / 'look1/clip0.mp4').unlink(), [], 'look1/clip0.mp4 is missing'),
     (lambda folder: (folder / 'look1/clip0.mp4').write_bytes(b'x'), [], 'clip0.mp4 is no video'),
     (lambda folder: None, ['episode_len=9'], 'lasts 0.24 s.*set episode_len=5 or less'),
     (lambda folder: None, ['action_repeat=0'], 'action_repeat=1')])
-def test_videos_that_do_not_do_are_named_before_any_work(mp4s, tmp_path, damage, overrides,
-                                                         sentence):
+def test_videos_that_do_not_do_are_named_before_any_work(mp4s, translator, tmp_path, damage,
+                                                         overrides, sentence):
     shutil.copytree(mp4s, tmp_path / 'mp4')
     damage(tmp_path / 'mp4')
     with pytest.raises(utils.UserError, match=sentence):
         script.generate(config(f'from_mp4={tmp_path}/mp4', f'out_dir={tmp_path}/videos',
-                               *overrides))
+                               f'translator={translator}', *overrides))
     assert not (tmp_path / 'videos').exists()
 
 

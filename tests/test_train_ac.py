@@ -15,7 +15,6 @@ from fakes import (
     GOOD,
     MADE_BY,
     SCENERY,
-    FakeClips,
     Killed,
     agent_of,
     die,
@@ -384,15 +383,14 @@ def test_runs_from_before_there_was_a_choice_go_by_the_clock(cfg, tmp_path):
 # ------------------------------------------------------------------------------ videos of one's own
 
 @pytest.fixture
-def imported(cfg, tmp_path, monkeypatch):
+def imported(cfg, tmp_path):
     """Demonstrations of which nothing is known, each in one context; play as it is filmed."""
-    monkeypatch.setattr(ac_agent, 'NUM_RESETS', 16)
     folder = write_videos(tmp_path / 'own', num_contexts=1)
     for split, kind in (('train', 'seen'), ('valid', 'held_out')):
         for i in range(2):
             path = video.frames_path(folder / split, i)
             video.write_episode(folder / split, i, np.load(path),
-                                {'files': [f'{i}.mp4'], 'fps': [30.0]})
+                                {'files': [f'{i}.mp4'], 'fps': [30.0], 'start_seed': 7 + i})
         edit(folder / split / 'meta.json', mp4_sha256='none', expert_sha256=None, contexts=kind,
              actor=None)
     cfg.data_dir = str(folder)
@@ -457,7 +455,6 @@ def test_an_oracle_learns_and_is_taken_for_no_imitator(cfg, tmp_path, monkeypatc
 
 
 def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_path, monkeypatch):
-    monkeypatch.setattr(ac_agent, 'find_starts', lambda env, demos: [7, 8])
     workspace = make(imported, tmp_path / 'run')
     translated = watch(monkeypatch, Demonstrations, 'translate')
     resets = watch(monkeypatch, dmc.SuiteEpisodes, 'reset')
@@ -466,7 +463,7 @@ def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_p
         for seed in (0, 0, 1, 2, 3, 4, 5):
             env.reset(episode_seed=seed)
             _, demo, sources, *_ = translated[-1][0]
-            assert sources == [0] and env.start_seed == {0: 7, 1: 8}[demo]
+            assert sources == [0] and env.start_seed == 7 + demo
             demos.append(demo)
             looks.append(resets[-1][1]['context'])
         assert set(demos) == {0, 1}
@@ -478,36 +475,6 @@ def test_play_that_is_missing_beside_ones_own_videos_is_told(imported, tmp_path,
     (tmp_path / 'own/play/meta.json').unlink()
     refused(imported, tmp_path, 'own/play lacks episodes.* from_mp4=<folder>')
     assert not no_filming
-
-
-def test_videos_that_went_through_h264_have_their_codes_and_are_started_near(tmp_path, monkeypatch):
-    """With the translator that ships, in held-out contexts, on reacher's arm."""
-    monkeypatch.setattr(ac_agent, 'NUM_RESETS', 256)
-    model, _ = ac_agent.load_translator(CFGS.parent / 'ct/reacher_hard.pt', 'reacher_hard',
-                                        'pose_code', torch.device('cpu'), 'bf16')
-    scene, rng = contexts.Scenery(SCENERY), np.random.default_rng(1)
-    env = dmc.ActionRepeat(dmc.load_suite('reacher_hard', scene), 2)
-    original, own, poses = [], [], []
-    for i in range(2):
-        env.reset(episode_seed=i, context=scene.sample(rng, 'held_out'))
-        poses.append(env.qpos())
-        frames = [env.render(64)]
-        for _ in range(10):
-            env.step(rng.uniform(-1, 1, 2))
-            frames.append(env.render(64))
-        original.append(np.stack(frames))
-        large = original[-1].repeat(2, 0).repeat(4, 1).repeat(4, 2)  # 256 pixels, twice the rate
-        video.save(tmp_path / f'{i}.mp4', large, fps=50)
-        own.append(video.load(tmp_path / f'{i}.mp4', 25, 11, 64)[0])
-    demos, originals = (
-        Demonstrations(model, FakeClips(np.stack(episodes)[:, None], scenery=SCENERY, im_size=64,
-                                        contexts='seen')) for episodes in (own, original))
-    there, here = originals.features(), demos.features()
-    assert (there - here).square().mean() < 0.02 * here.var((0, 1)).mean()
-    for pose, seed in zip(poses, ac_agent.find_starts(env, demos), strict=True):
-        env.reset(episode_seed=seed)
-        off = (env.qpos() - pose + np.pi) % (2 * np.pi) - np.pi
-        assert abs(off).max() < 0.7  # of two pi: a pose at random is seldom as near (5%)
 
 
 # ------------------------------------------------------------------------------ what is refused
