@@ -445,7 +445,7 @@ def is_own(cfg, split: str) -> bool:
     return bool(cfg.from_mp4) and SPLITS[split].actor == 'expert'
 
 
-# ------------------------------------------------------------------- where one's own videos start
+# ---------------------------------------------------------------- where one's own videos start
 
 RESETS_IN_PART, NUM_PARTS, NUM_UPDATES, BATCH_SIZE = 500, 100, 2500, 128
 CODE_SCALE = 0.3  # squared distance of codes that weighs as much as a factor e in the odds
@@ -519,8 +519,7 @@ def learn_what_stands_still(images: torch.Tensor, device: torch.device, seed: in
     return still
 
 
-# ----------------------------------------------------------------------------------- processes
-
+# -------------------------------------------------------------------------------------- processes
 
 def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
     """Processes that take `make_episode` and `show_resets`."""
