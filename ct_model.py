@@ -11,7 +11,7 @@ All of it works on whole clips: the context is computed once a clip and broadcas
 
 Distances between features say little about poses. `PoseCode` makes a narrow code of z1 in which
 they do: all that translation needs passes through it, a moment has one code in all contexts, and
-how the agent's actions move it can be predicted.
+how the agent's actions move it can be predicted. `StillEncoder` is for what does not move.
 """
 from typing import NamedTuple
 
@@ -134,10 +134,11 @@ def normed_mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
 class StillEncoder(nn.Module):
     """Tells what stands still in an image, in whatever context: (N, H, W, 3) -> (N, dim).
 
-    The pose code tells what moves, and a task may place more at its resets, as reacher its target.
-    This one learns from pairs of images, each of one episode in two contexts and at two moments.
-    By InfoNCE (van den Oord et al. 2018), the negative squared distance of two images becomes the
-    logarithm of the odds that they belong together; where nothing stands still, it stays near 0.
+    The pose code tells what moves; a task may place more at its resets, as reacher its target. This
+    encoder e learns from pairs (x, y), each of one episode in two contexts and at two moments. It
+    minimises InfoNCE (van den Oord et al. 2018) both ways, -log softmax_j(-|e(x_i) - e(y_j)|^2) at
+    j = i, so that the negative squared distance becomes the logarithm of the odds that two images
+    belong together, up to a constant.
     """
 
     def __init__(self, im_size: int, channels: tuple[int, ...] = (32, 64, 64), hidden: int = 256,

@@ -6,7 +6,8 @@ translator learns how actions change what it sees. Only play stores its actions.
 
 Videos of one's own can take the demonstrations' place: from_mp4=FOLDER. Each FOLDER/<name>.mp4 is
 an episode; of one that was filmed in several contexts at once, the files are
-FOLDER/<context>/<name>.mp4. Play is filmed as ever.
+FOLDER/<context>/<name>.mp4. Play is filmed as ever. Where such an episode starts is not known: the
+reset of the task that looks most like its first frame is found, with the task's translator.
 
 The physics runs once for each episode, and one camera for each context films it. Demonstrations and
 random play depend on (seed, split, i) alone, an imitator's play on the imitator as well. So the
@@ -78,6 +79,11 @@ class Order:
     num_episodes: int
     meta: dict       # what its episodes depend on
     there: set[int]  # episodes that were filmed before
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its episodes come from one's own videos."""
+        return 'mp4_sha256' in self.meta
 
     @property
     def num_missing(self) -> int:
@@ -249,11 +255,11 @@ class Studio:
         and its snapshot's sha256."""
         return *load_player(self.cfg, contexts), utils.sha256(self.cfg.player)
 
-    def make(self, split: str, i: int, start_seed: int | None):
-        """Write episode i; of one's own videos, with the seed of the reset that it starts like."""
+    def make(self, split: str, i: int, start: dict | None = None):
+        """Write episode i; of one's own videos, with what is known of its start."""
         cfg, root, kind = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
         if split in self.mp4s:
-            self.take_over(root, i, self.mp4s[split][i], start_seed)
+            self.take_over(root, i, self.mp4s[split][i], start)
             return
         episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
         env, agent = self.env, self.agent
@@ -284,23 +290,24 @@ class Studio:
                              for path in files), strict=True)
         return np.stack(clips), list(rates)
 
-    def take_over(self, root: Path, i: int, files: list[Path], start_seed: int):
+    def take_over(self, root: Path, i: int, files: list[Path], start: dict):
         """Write these video files as episode i."""
         frames, rates = self.load(files, self.cfg.episode_len + 1)
         self.preview(root, i, frames, [path.parent.name for path in files])
         video.write_episode(root, i, frames, {
             'files': [str(path.relative_to(self.cfg.from_mp4)) for path in files], 'fps': rates,
-            'start_seed': start_seed})
+            **start})
 
     def show_resets(self, part: int, num: int) -> tuple[list[int], np.ndarray]:
         """Return the seeds of `num` resets, and two images of each, in two seen contexts: of the
         start, and after 0 to 30 random actions; uint8 (num, 2, H, W, 3)."""
         rng = np.random.default_rng((self.cfg.seed, part))
-        seeds, images = rng.integers(2 ** 31, size=num).tolist(), []
-        cameras = [self.env.camera(self.cfg.im_size) for _ in range(2)]
+        seeds, looks, images = rng.integers(2 ** 31, size=num).tolist(), [None, None], []
+        cameras = [self.env.camera(self.cfg.im_size) for _ in looks]
         for n, seed in enumerate(seeds):
-            if n % 5 == 0:  # to paint a context takes longer than to look at it
-                looks = [self.scenery.sample(rng, 'seen') for _ in cameras]
+            for k, every in enumerate((5, 7)):  # a new context's textures take time to upload
+                if n % every == 0:
+                    looks[k] = self.scenery.sample(rng, 'seen')
             player = RandomPlay(seed, self.env.action_spec().shape)
             time_step = self.env.reset(episode_seed=seed)
             start = cameras[0].render(looks[0])
@@ -327,8 +334,8 @@ def start_worker(cfg):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def make_episode(split: str, i: int, start_seed: int | None):
-    studio().make(split, i, start_seed)
+def make_episode(split: str, i: int, start: dict | None = None):
+    studio().make(split, i, start)
 
 
 def show_resets(part: int, num: int) -> tuple[list[int], np.ndarray]:
@@ -403,9 +410,8 @@ def generate(cfg):
         utils.check_disk(cfg.out_dir, clip_bytes * sum(
             order.num_missing * order.meta['num_contexts'] for order in orders),
             'the dataset', 'set num_train or num_contexts lower')
-        if any(is_own(cfg, order.name) and order.num_missing for order in orders):
-            load_code(cfg)
-        fill(cfg, orders)
+        fill(cfg, orders, load_code(cfg) if any(
+            order.is_own and order.num_missing for order in orders) else None)
 
 
 def check_player(cfg, orders: list[Order]):
@@ -425,90 +431,95 @@ def check_player(cfg, orders: list[Order]):
         load_player(cfg, SPLITS[order.name].contexts)
 
 
-def fill(cfg, orders: list[Order]):
-    """Film the episodes that are missing."""
+def fill(cfg, orders: list[Order], model: ContextTranslator | None):
+    """Film the episodes that are missing, or take them over from one's own videos.
+
+    Args:
+      model: the translator, where there are such.
+    """
     for order in orders:
         num_episodes = max(order.num_episodes, len(order.there))
         video.write_json(order.root / 'meta.json', order.meta | {'num_episodes': num_episodes})
         for leftover in order.root.glob('.tmp-*'):  # of a generation that was killed
             leftover.unlink()
     jobs = [(order.name, i) for order in orders for i in order.missing()]
-    own = find_starts(cfg, [job for job in jobs if is_own(cfg, job[0])])
+    own = [(order.name, i) for order in orders if order.is_own for i in order.missing()]
+    starts = find_starts(cfg, own, model) if own else {}
     if jobs:
         total = sum(order.num_episodes for order in orders)
-        share_out(cfg, make_episode, [(*job, own.get(job)) for job in jobs],
+        share_out(cfg, make_episode, [(*job, starts.get(job)) for job in jobs],
                   Progress(total, 'episode', total - len(jobs)))
-
-
-def is_own(cfg, split: str) -> bool:
-    """Whether the split is made of one's own videos."""
-    return bool(cfg.from_mp4) and SPLITS[split].actor == 'expert'
 
 
 # ---------------------------------------------------------------- where one's own videos start
 
-RESETS_IN_PART, NUM_PARTS, NUM_UPDATES, BATCH_SIZE = 500, 100, 2500, 128
-CODE_SCALE = 0.3  # squared distance of codes that weighs as much as a factor e in the odds
+RESETS_IN_PART, NUM_PARTS, NUM_UPDATES, BATCH_SIZE = 100, 500, 2500, 128
+CODE_SCALE = 0.3  # mean squared difference of codes that counts as 1 in the logarithm of the odds
 
 
-def load_code(cfg) -> tuple[ContextTranslator, torch.device]:
-    """Return the translator whose code tells poses, and its device.
+def load_code(cfg) -> ContextTranslator:
+    """Return the translator whose code tells poses.
 
-    Raises: UserError where it is missing, or of other images.
+    Raises: UserError where it is missing, has no code, or is of other images.
     """
-    device = utils.pick_device('auto')
-    model, _ = load_translator(cfg.translator, cfg.task_name, 'pose_code', device, 'bf16')
+    model, _ = load_translator(cfg.translator, cfg.task_name, 'pose_code',
+                               utils.pick_device('auto'), 'bf16')
     if model.im_size != cfg.im_size:
         raise UserError(f'{cfg.translator}, which tells where your own videos start, takes images '
                         f'of {model.im_size} pixels, not {cfg.im_size}: set '
                         f'im_size={model.im_size}.')
-    return model, device
+    return model
 
 
-def find_starts(cfg, videos: list[tuple[str, int]]) -> dict[tuple[str, int], int]:
-    """Return the seed of that reset of the task which looks most like the first frame of each of
-    one's own videos, (split, i).
+def find_starts(cfg, videos: list[tuple[str, int]], model: ContextTranslator
+                ) -> dict[tuple[str, int], dict]:
+    """Return for each of one's own videos, (split, i), what its episode tells of its start: the
+    seed of that reset of the task which looks most like its first frame, and the translator.
 
-    Many resets are drawn, the same for all videos. Near are those with a like code, which tells
-    what moves, and alike to a `StillEncoder`, which learns from these resets what stands still.
+    The same resets are drawn for all videos. The nearest one has a similar code, which tells what
+    moves, and a similar output of a `StillEncoder`, which learns from these resets what stands
+    still.
     """
-    if not videos:
-        return {}
-    model, device = load_code(cfg)
-    print(f'looking for the starts of {len(videos)} videos of your own: first among '
-          f'{RESETS_IN_PART * NUM_PARTS:,} resets, then an encoder learns to compare them; some 10 '
-          'minutes on two cores', flush=True)
+    studio = Studio(cfg)
+    firsts = torch.from_numpy(np.stack([studio.load(studio.mp4s[split][i], 1)[0][:, 0]
+                                        for split, i in videos]))           # (N, C, H, W, 3)
+    print(f'looking for the starts of {len(videos)} videos of your own: '
+          f'{RESETS_IN_PART * NUM_PARTS:,} resets are drawn, then an encoder learns to compare '
+          'them, 10 minutes or more on two cores', flush=True)
     parts = share_out(cfg, show_resets, [(part, RESETS_IN_PART) for part in range(NUM_PARTS)],
                       Progress(NUM_PARTS, 'part'))
-    seeds, images = (np.concatenate(part) for part in zip(*parts, strict=True))
-    images = torch.from_numpy(images)
+    seeds = [seed for part, _ in parts for seed in part]
+    images = torch.from_numpy(np.concatenate([part for _, part in parts]))  # (R, 2, H, W, 3)
+    del parts
+    device = next(model.parameters()).device
     still = learn_what_stands_still(images, device, cfg.seed)
 
     @torch.no_grad()
-    def describe(images: torch.Tensor, num_starts: int) -> torch.Tensor:
-        """Return what is compared: the code of the first images of (N, K, H, W, 3), and what stands
-        still in all of them."""
+    def compared(images: torch.Tensor, num_starts: int) -> torch.Tensor:
+        """Return what is compared of (n, K, H, W, 3), (n, D): the code of the first images, and
+        what stands still in all of them."""
         images = images.to(device)
         code = model.code(model.encode(images[:, :num_starts])).mean(1)
         stays = still(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
         return torch.cat([code / (CODE_SCALE * code.shape[1]) ** 0.5, stays], dim=1)
-    of_resets = torch.cat([describe(part, num_starts=1) for part in images.split(RESETS_IN_PART)])
-    studio = Studio(cfg)
-    starts = torch.from_numpy(np.stack([studio.load(studio.mp4s[split][i], 1)[0][:, 0]
-                                        for split, i in videos]))
-    of_videos = describe(starts, num_starts=starts.shape[1])  # one moment, in all contexts
-    nearest = torch.cdist(of_videos, of_resets).argmin(1).cpu().numpy()
-    return dict(zip(videos, seeds[nearest].tolist(), strict=True))
+    resets = torch.cat([compared(part, num_starts=1) for part in images.split(RESETS_IN_PART)])
+    starts = torch.cat([compared(part, num_starts=part.shape[1])  # one moment in all contexts
+                        for part in firsts.split(RESETS_IN_PART)])
+    nearest, sha256 = torch.cdist(starts, resets).argmin(1).tolist(), utils.sha256(cfg.translator)
+    return {name: {'start_seed': seeds[n], 'translator_sha256': sha256}
+            for name, n in zip(videos, nearest, strict=True)}
 
 
 def learn_what_stands_still(images: torch.Tensor, device: torch.device, seed: int) -> StillEncoder:
     """Train an encoder on pairs of images, uint8 (N, 2, H, W, 3)."""
+    utils.prepare_cpu()
     torch.manual_seed(seed)
     still = StillEncoder(images.shape[2]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(still.parameters(), fused=True)
     progress = Progress(NUM_UPDATES, 'update')
     for update in range(NUM_UPDATES):
-        optimizer.param_groups[0]['lr'] = 1e-3 * min(1, 1.2 * (1 - update / NUM_UPDATES))
+        lr = utils.schedule(f'linear(1e-3,0,{NUM_UPDATES})', update)
+        optimizer.param_groups[0]['lr'] = lr
         batch = torch.randint(len(images), (BATCH_SIZE,))
         loss = still.loss(images[batch].to(device))
         optimizer.zero_grad(set_to_none=True)
@@ -550,7 +561,7 @@ def share_out(cfg, make: Callable, jobs: list[tuple], progress: Progress) -> lis
             progress.show(done + len(results))
     except BrokenProcessPool as error:
         raise UserError('a worker died, perhaps for want of memory: set num_workers lower; the '
-                        'same command goes on from here.') from error
+                        'same command goes on with what is missing.') from error
     finally:
         pool.shutdown(cancel_futures=True)
         progress.close()

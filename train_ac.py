@@ -131,8 +131,7 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
     else:
         table.append(('squared distance of codes', f"{result['distance']:.3f}"))
         note = ("\nWhat the videos' expert returned is not known, so there is no score. Each "
-                'episode starts where it looks most like its video; what does not move in a video, '
-                "such as reacher's target, is elsewhere there.\n")
+                "episode starts from the reset that looks most like its video's first frame.\n")
     table += [('agent steps (frames)', f'{workspace.global_step:,} ({workspace.global_frame:,})'),
               ('minutes', f'{workspace.timer.total() / 60:.0f}'), ('seed', cfg.seed),
               ('command', f'`python {utils.command()}`')]

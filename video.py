@@ -10,7 +10,8 @@ A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder 
                             only); an expert's has rewards and expert_return, play's has
                             actions; frames_crc32, the checksum of the .npy. One's own videos
                             have only `files`, their names, `fps`, their rates, and
-                            `start_seed`, of the reset that looks most like their first frame
+                            `start_seed`, of the reset that looks most like their first frame to
+                            the translator of `translator_sha256`
         preview_00000.mp4   the first episodes, all contexts side by side: to look at
 
 Each json ends with the checksum of its own text. An episode is there once its json is: the frames
@@ -281,10 +282,11 @@ class Clips:
         self._shape = (meta['num_contexts'], meta['episode_len'] + 1, size, size, 3)
         self._episodes = [read_json(path.with_suffix('.json')) for path in self._paths]
         self._checked = set()
-        for i, path in enumerate(self._paths):
-            self._open(i)  # reads the header and compares the file's size with it
-            if self.imported and 'start_seed' not in self._episodes[i]:
-                raise _damaged(path)
+        for i in range(len(self)):  # reads the headers and compares the files' sizes with them
+            self._open(i)
+        if self.imported and not all('start_seed' in episode for episode in self._episodes):
+            raise UserError(f'{self.root} comes from an earlier version, which did not look for '
+                            f'starts: remove it, and {command} from_mp4=<folder>.')
 
     def __len__(self) -> int:
         return len(self._paths)

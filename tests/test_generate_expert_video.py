@@ -439,7 +439,7 @@ def imported(mp4s, translator, tmp_path_factory):
     return out_dir
 
 
-def test_videos_of_ones_own_become_demonstrations(dataset, mp4s, imported):
+def test_videos_of_ones_own_become_demonstrations(dataset, mp4s, translator, imported):
     originals = [video.Clips(dataset / split).frames(k)
                  for split, k in (('play', 0), ('play', 1), ('play_valid', 0))]
     seen = []
@@ -450,7 +450,9 @@ def test_videos_of_ones_own_become_demonstrations(dataset, mp4s, imported):
         assert clips.meta['expert_sha256'] is None and clips.meta['action_repeat'] == 2
         for i in range(num):
             episode = clips.episode(i)
-            assert episode.keys() == {'index', 'files', 'fps', 'start_seed', 'frames_crc32'}
+            assert episode.keys() == {'index', 'files', 'fps', 'start_seed', 'translator_sha256',
+                                      'frames_crc32'}  # nothing made up
+            assert episode['translator_sha256'] == utils.sha256(translator)
             assert episode['fps'] == [50, 50]
             k = int(episode['files'][0].removeprefix('look0/clip').removesuffix('.mp4'))
             assert episode['files'] == [f'look{c}/clip{k}.mp4' for c in range(2)]
@@ -476,6 +478,62 @@ def test_an_import_that_is_whole_is_left_alone_and_other_files_are_told(mp4s, im
     with pytest.raises(utils.UserError, match='made with mp4_sha256='):
         script.generate(config(f'from_mp4={tmp_path}/other', *options))
     assert contents(imported) == before
+
+
+def test_an_interrupted_import_looks_for_the_starts_that_are_missing(mp4s, translator, imported,
+                                                                     tmp_path, monkeypatch):
+    shutil.copytree(imported, tmp_path / 'videos')
+    path = video.frames_path(tmp_path / 'videos/train', 1).with_suffix('.json')
+    path.unlink()
+    start, sought = {'start_seed': 9, 'translator_sha256': 'x'}, []
+    monkeypatch.setattr(script, 'find_starts', lambda cfg, videos, model: (
+        sought.extend(videos), {('train', 1): start})[1])
+    take_over(mp4s, f'out_dir={tmp_path}/videos', f'translator={translator}', 'num_workers=1')
+    assert sought == [('train', 1)]
+    assert start.items() <= video.read_json(path).items()
+
+
+def test_a_reset_is_shown_at_its_start_and_later_in_two_contexts(mp4s):
+    studio = script.Studio(config(f'from_mp4={mp4s}'))
+    painted, sample = [], studio.scenery.sample
+    studio.scenery.sample = lambda rng, kind: painted.append((kind, sample(rng, kind))) or (
+        painted[-1][1])
+    seeds, images = studio.show_resets(part=3, num=6)
+    assert images.shape == (6, 2, 32, 32, 3) and images.dtype == np.uint8
+    assert {kind for kind, _ in painted} == {'seen'}
+    for n, look in ((0, 0), (4, 0), (5, 2)):  # contexts are painted in turn
+        studio.env.reset(episode_seed=seeds[n])
+        assert np.array_equal(images[n, 0], studio.env.camera(32).render(painted[look][1]))
+    again, alike = studio.show_resets(part=3, num=6)
+    assert again == seeds and np.array_equal(alike, images)
+    others, _ = studio.show_resets(part=4, num=6)
+    assert not set(others) & set(seeds)
+
+
+@pytest.mark.parametrize('moves', [True, False])
+def test_both_what_moves_and_what_stands_still_tell_the_start(mp4s, translator, monkeypatch, moves):
+    """Of grey resets; to the code or to the encoder, all look the same."""
+    class Code(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def encode(self, images):
+            return images.float().mean((-3, -2, -1))[..., None] * moves
+
+        def code(self, z):
+            return z
+    cfg = config(f'from_mp4={mp4s}', f'translator={translator}')
+    greys = np.repeat(np.arange(0, 256, 8, dtype=np.uint8), 2 * 32 * 32 * 3)
+    monkeypatch.setattr(script, 'share_out', lambda *_: [
+        (list(range(16)), half) for half in greys.reshape(2, 16, 2, 32, 32, 3)])
+    monkeypatch.setattr(script, 'learn_what_stands_still', lambda *_: (
+        lambda images: images.float().mean((1, 2, 3))[:, None] * (not moves)))
+    starts = script.find_starts(cfg, [('train', 0), ('train', 1)], Code())
+    mean = [np.mean([video.load(path, 25, 1, 32)[0] for path in files])
+            for files in script.find_mp4s(cfg)['train']]
+    assert [starts['train', i]['start_seed'] for i in range(2)] == [
+        round(grey / 8) % 16 for grey in mean]
 
 
 def test_the_start_of_ones_own_video_is_the_reset_that_looks_like_it(tmp_path):

@@ -463,7 +463,8 @@ def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_p
         for seed in (0, 0, 1, 2, 3, 4, 5):
             env.reset(episode_seed=seed)
             _, demo, sources, *_ = translated[-1][0]
-            assert sources == [0] and env.start_seed == 7 + demo
+            assert sources == [0]
+            assert env.start_seed == resets[-1][1]['episode_seed'] == 7 + demo
             demos.append(demo)
             looks.append(resets[-1][1]['context'])
         assert set(demos) == {0, 1}
@@ -516,7 +517,7 @@ def no_filming(monkeypatch):
     ({'lookahead': [0, 1]}, r'lookahead=\[1,3'), ({'lookahead': [1, -3]}, r'lookahead=\[1,3'),
     ({'w_feature': 0, 'w_img': 0}, 'set w_feature=1'), ({'w_img': -1}, 'set w_img=1'),
     ({'w_critic': 0, 'w_clone': 0}, 'set w_critic=1'), ({'w_clone': -1}, 'set w_clone=1'),
-    ({'reward_scale': 0}, 'set reward_scale=0.1'), ({'reward_scale': -1}, 'set reward_scale=0.1'),
+    ({'reward_scale': 0}, 'set reward_scale=0.03'), ({'reward_scale': -1}, 'set reward_scale=0.03'),
     ({'num_demos': 0}, 'set num_demos=1'), ({'num_eval_demos': 0}, 'set num_eval_demos=1'),
     ({'num_frames': 0}, 'set num_frames=1'), ({'num_play': -1}, 'set num_play='),
     ({'max_shift': -1}, 'set max_shift=0'), ({'max_shift': 0.5}, 'set max_shift=0'),
