@@ -391,8 +391,14 @@ def make_env(demos: Demonstrations, num_frames: int, lookahead: list[int], num_a
     Args:
       num_frames, lookahead, num_actions: see `Layout`.
       reward, w_img, timing, evaluate: see `Imitation`.
+
+    Raises: UserError for one's own videos whose starts were not looked for.
     """
-    meta = demos.clips.meta
+    clips, meta = demos.clips, demos.clips.meta
+    if clips.imported and not all('start_seed' in clips.episode(i) for i in range(len(clips))):
+        raise UserError(f'{clips.root} comes from an earlier version, which did not look for '
+                        "starts: remove it, and python generate_expert_video.py "
+                        f"task={meta['task']} from_mp4=<folder> out_dir={clips.root.parent}.")
     env = dmc.ActionRepeat(dmc.load_suite(meta['task'], Scenery(meta['scenery'])),
                            meta['action_repeat'])
     layout = Layout(demos.feature_dim, num_frames, tuple(lookahead), num_actions,

@@ -284,9 +284,6 @@ class Clips:
         self._checked = set()
         for i in range(len(self)):  # reads the headers and compares the files' sizes with them
             self._open(i)
-        if self.imported and not all('start_seed' in episode for episode in self._episodes):
-            raise UserError(f'{self.root} comes from an earlier version, which did not look for '
-                            f'starts: remove it, and {command} from_mp4=<folder>.')
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -472,6 +472,14 @@ def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_p
         assert {kind_of(contexts.Scenery(SCENERY), look) for look in looks} == {kind}
 
 
+def test_own_videos_whose_starts_were_not_looked_for_are_refused(imported, tmp_path):
+    path = video.frames_path(tmp_path / 'own/valid', 1).with_suffix('.json')
+    known = video.read_json(path)
+    known.pop('start_seed')
+    video.write_json(path, known)
+    refused(imported, tmp_path, 'own/valid comes from an earlier version.*remove it.*from_mp4')
+
+
 def test_play_that_is_missing_beside_ones_own_videos_is_told(imported, tmp_path, no_filming):
     (tmp_path / 'own/play/meta.json').unlink()
     refused(imported, tmp_path, 'own/play lacks episodes.* from_mp4=<folder>')

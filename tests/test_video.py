@@ -165,11 +165,6 @@ def test_videos_that_are_drawn_otherwise_are_refused(tmp_path, changes, words):
         video.Clips(root, quality=[512, 14, 7])
 
 
-def test_own_videos_without_starts_are_refused(tmp_path):
-    with pytest.raises(utils.UserError, match='remove it, and python .* from_mp4=<folder>'):
-        video.Clips(make_dataset(tmp_path, mp4_sha256='x'))
-
-
 def test_clips_missing_or_of_another_format(tmp_path):
     with pytest.raises(utils.UserError, match='generate_expert_video.py task=reacher_easy'):
         video.Clips(tmp_path / 'train', task='reacher_easy')
