@@ -98,7 +98,7 @@ class Reward(NamedTuple):
     `ACAgent`.
     """
 
-    scale: float | None = 0.03
+    scale: float | None = 0.1
     time_power: float = 0.0
     w_feature: float = 1.0
 
@@ -475,7 +475,7 @@ class ACAgent(DrQV2Agent):
     LR_SHARE = 0.3  # the discriminator's lr as a share of the others': the critic has to follow
 
     def __init__(self, obs_shape, action_dim: int, feature_dim_of_frame: int, num_frames: int,
-                 lookahead: list[int], num_actions: int = 0, reward_scale: float | None = 0.03,
+                 lookahead: list[int], num_actions: int = 0, reward_scale: float | None = 0.1,
                  time_power: float = 0.0, w_feature: float = 1.0, w_critic: float = 1.0,
                  w_clone: float = 0.0, max_shift: int = 0, num_pretrain_updates: int = 0,
                  relabel: float = 0.0, hindsight: float = 0.0, discount: float = 0.98,

@@ -162,7 +162,7 @@ def test_recipes():
     assert (cfg.reward_scale, cfg.time_power) == (None, 2)
     cfg = cfg_of('train_ac')
     assert (cfg.recipe, cfg.w_clone, cfg.w_critic) == ('pose_code', 1, 0)
-    assert (cfg.reward_scale, cfg.time_power) == (0.03, 0)
+    assert (cfg.reward_scale, cfg.time_power) == (0.1, 0)
     for script in ('train_ct', 'train_ac'):
         with pytest.raises(MissingConfigException, match='other'):
             cfg_of(script, 'recipe=other')
@@ -297,7 +297,7 @@ BAD = {
         ('time_power=cubic', 'a number from 0: set time_power=2'),
         ('lookahead=3', 'a list of whole'),
         ('lookahead=[1,0]', 'set lookahead=[1,3,6,12]'), ('lookahead=[1.5]', 'a list of whole'),
-        ('reward_scale=0', 'above 0 or null: set reward_scale=0.03'), ('relabel=2', 'from 0 to 1'),
+        ('reward_scale=0', 'above 0 or null: set reward_scale=0.1'), ('relabel=2', 'from 0 to 1'),
         ('action_repeat=0', 'or null: set action_repeat=1'), ('num_play=0', 'set num_play=1'),
         ('max_shift=0.5', 'set max_shift=0'), ('expert=', 'a path')]}
 

@@ -525,7 +525,7 @@ def no_filming(monkeypatch):
     ({'lookahead': [0, 1]}, r'lookahead=\[1,3'), ({'lookahead': [1, -3]}, r'lookahead=\[1,3'),
     ({'w_feature': 0, 'w_img': 0}, 'set w_feature=1'), ({'w_img': -1}, 'set w_img=1'),
     ({'w_critic': 0, 'w_clone': 0}, 'set w_critic=1'), ({'w_clone': -1}, 'set w_clone=1'),
-    ({'reward_scale': 0}, 'set reward_scale=0.03'), ({'reward_scale': -1}, 'set reward_scale=0.03'),
+    ({'reward_scale': 0}, 'set reward_scale=0.1'), ({'reward_scale': -1}, 'set reward_scale=0.1'),
     ({'num_demos': 0}, 'set num_demos=1'), ({'num_eval_demos': 0}, 'set num_eval_demos=1'),
     ({'num_frames': 0}, 'set num_frames=1'), ({'num_play': -1}, 'set num_play='),
     ({'max_shift': -1}, 'set max_shift=0'), ({'max_shift': 0.5}, 'set max_shift=0'),
