@@ -134,11 +134,11 @@ def normed_mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
 class StillEncoder(nn.Module):
     """Tells what stands still in an image, in whatever context: (N, H, W, 3) -> (N, dim).
 
-    The pose code tells what moves; a task may place more at its resets, as reacher its target. This
-    encoder e learns from pairs (x, y), each of one episode in two contexts and at two moments. It
-    minimises InfoNCE (van den Oord et al. 2018) both ways, -log softmax_j(-|e(x_i) - e(y_j)|^2) at
-    j = i, so that the negative squared distance becomes the logarithm of the odds that two images
-    belong together, up to a constant.
+    The pose code tells what moves; a reset may also place what stands still, such as reacher's
+    target. This encoder e learns from pairs (x, y), each of one episode in two contexts and at two
+    moments. It minimises InfoNCE (van den Oord et al. 2018) both ways,
+    -log softmax_j(-|e(x_i) - e(y_j)|^2) at j = i. The negative squared distance thus becomes, up to
+    a constant, the logarithm of the odds that two images belong together.
     """
 
     def __init__(self, im_size: int, channels: tuple[int, ...] = (32, 64, 64), hidden: int = 256,
@@ -158,7 +158,8 @@ class StillEncoder(nn.Module):
         """Return the loss, 0-d, of pairs uint8 (N, 2, H, W, 3): others in the batch do not belong
         to a pair."""
         first, second = self(pairs.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
-        odds, own = -torch.cdist(first, second).square(), torch.arange(len(first)).to(first.device)
+        odds = -torch.cdist(first, second).square()
+        own = torch.arange(len(first), device=first.device)
         return (F.cross_entropy(odds, own) + F.cross_entropy(odds.T, own)) / 2
 
 

@@ -81,8 +81,8 @@ class Order:
     there: set[int]  # episodes that were filmed before
 
     @property
-    def is_own(self) -> bool:
-        """Whether its episodes come from one's own videos."""
+    def imported(self) -> bool:
+        """Whether its episodes are videos of one's own, see `video.Clips.imported`."""
         return 'mp4_sha256' in self.meta
 
     @property
@@ -411,7 +411,7 @@ def generate(cfg):
             order.num_missing * order.meta['num_contexts'] for order in orders),
             'the dataset', 'set num_train or num_contexts lower')
         fill(cfg, orders, load_code(cfg) if any(
-            order.is_own and order.num_missing for order in orders) else None)
+            order.imported and order.num_missing for order in orders) else None)
 
 
 def check_player(cfg, orders: list[Order]):
@@ -443,7 +443,7 @@ def fill(cfg, orders: list[Order], model: ContextTranslator | None):
         for leftover in order.root.glob('.tmp-*'):  # of a generation that was killed
             leftover.unlink()
     jobs = [(order.name, i) for order in orders for i in order.missing()]
-    own = [(order.name, i) for order in orders if order.is_own for i in order.missing()]
+    own = [(order.name, i) for order in orders if order.imported for i in order.missing()]
     starts = find_starts(cfg, own, model) if own else {}
     if jobs:
         total = sum(order.num_episodes for order in orders)
@@ -473,8 +473,8 @@ def load_code(cfg) -> ContextTranslator:
 
 def find_starts(cfg, videos: list[tuple[str, int]], model: ContextTranslator
                 ) -> dict[tuple[str, int], dict]:
-    """Return for each of one's own videos, (split, i), what its episode tells of its start: the
-    seed of that reset of the task which looks most like its first frame, and the translator.
+    """Return where each of one's own videos, (split, i), starts: 'start_seed', of the reset that
+    looks most like its first frame, and 'translator_sha256', of the translator that compared them.
 
     The same resets are drawn for all videos. The nearest one has a similar code, which tells what
     moves, and a similar output of a `StillEncoder`, which learns from these resets what stands

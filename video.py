@@ -10,8 +10,8 @@ A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder 
                             only); an expert's has rewards and expert_return, play's has
                             actions; frames_crc32, the checksum of the .npy. One's own videos
                             have only `files`, their names, `fps`, their rates, and
-                            `start_seed`, of the reset that looks most like their first frame to
-                            the translator of `translator_sha256`
+                            `start_seed`, of the reset that looks most like their first frame,
+                            and `translator_sha256`, of the translator that compared them
         preview_00000.mp4   the first episodes, all contexts side by side: to look at
 
 Each json ends with the checksum of its own text. An episode is there once its json is: the frames
