@@ -20,7 +20,7 @@ import dmc
 import utils
 import video
 from contexts import Scenery
-from ct_model import ContextTranslator, normed_mlp, to_uint8
+from ct_model import ContextTranslator, Dynamics, normed_mlp, to_uint8
 from drqv2 import DrQV2Agent
 from utils import UserError
 
@@ -455,8 +455,13 @@ class ACAgent(DrQV2Agent):
     et al. 2018, BCO): as both go on while the agent acts, the inverse model comes to know what
     happens where the demonstrations are. The actor that acts and the inverse model that labels are
     running means of the trained weights (Polyak and Juditsky 1992), so that learning rates can stay
-    constant. Beside this, DrQ-v2's critic learns how well targets are tracked, and the actor climbs
-    it (with `w_critic`).
+    constant.
+
+    Beside this, the actor can practise in imagination (with `w_imagine`): it acts for a few steps
+    in the translator's `Dynamics`, which are fitted further to its own steps, and its gradient
+    passes through them (Heess et al. 2015, SVG). It starts from demonstrated moments, and from its
+    own with the targets of then. Or DrQ-v2's critic learns how well targets are tracked, and the
+    actor climbs it (with `w_critic`).
 
     Reward depends only on the observation, and targets not on actions, so the critic's transitions
     can be relabelled (hindsight experience replay, Andrychowicz et al. 2017): a share of each batch
@@ -472,23 +477,29 @@ class ACAgent(DrQV2Agent):
     NUM_AHEAD = 3  # frames after an action that the inverse model sees: a contact shows late
     MEAN_RATE = 0.002  # rate of the running means, which average over some 500 updates
     SLOPE_WEIGHT = 0.1  # keeps the discriminator smooth, so that being nearer pays
-    LR_SHARE = 0.3  # the discriminator's lr as a share of the others': the critic has to follow
+    # lr of discriminator and dynamics as a share of the others': critic and actor have to follow
+    LR_SHARE = 0.3
+    NUM_ROLLOUTS = 96  # imagined at each update, a multiple of the dynamics' members
+    NUM_IMAGINED = 8  # steps of each: what a push brings about shows late
 
     def __init__(self, obs_shape, action_dim: int, feature_dim_of_frame: int, num_frames: int,
                  lookahead: list[int], num_actions: int = 0, reward_scale: float | None = 0.1,
                  time_power: float = 0.0, w_feature: float = 1.0, w_critic: float = 1.0,
-                 w_clone: float = 0.0, max_shift: int = 0, num_pretrain_updates: int = 0,
-                 relabel: float = 0.0, hindsight: float = 0.0, discount: float = 0.98,
-                 lr: float = 1e-4, hidden_dim: int = 512, demos: torch.Tensor | None = None,
-                 play: Play | None = None, **drqv2_args):
+                 w_clone: float = 0.0, w_imagine: float = 0.0, max_shift: int = 0,
+                 num_pretrain_updates: int = 0, relabel: float = 0.0, hindsight: float = 0.0,
+                 discount: float = 0.98, lr: float = 1e-4, hidden_dim: int = 512,
+                 demos: torch.Tensor | None = None, play: Play | None = None,
+                 dynamics: Dynamics | None = None, **drqv2_args):
         """
         Args:
           obs_shape: (n,), of the flat observation.
           feature_dim_of_frame, num_frames, lookahead, num_actions: see `Layout`.
           reward_scale, time_power, w_feature: see `Reward`.
-          w_critic, w_clone: of the critic's value and of cloning in the actor's loss; 0: without.
-          max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly.
-            The agent is seldom exactly on time.
+          w_critic, w_clone, w_imagine: of the critic's value, of cloning and of the imagined reward
+            in the actor's loss; 0: without. w_imagine takes w_clone, num_frames of at least
+            `Dynamics.HISTORY`, and 1 as the first of `lookahead`.
+          max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly;
+            those of an imagined one are late by at most so many. The agent is seldom on time.
           num_pretrain_updates: updates on play alone, before the first of the others: cloning,
             and with a discriminator all parts.
           relabel: the share of transitions that get targets of others.
@@ -498,12 +509,14 @@ class ACAgent(DrQV2Agent):
             buffer's.
           lr, hidden_dim: of actor, critic, inverse model and discriminator.
           demos: float32 (N, T+1, D), to be cloned.
+          dynamics: of these features, to begin with.
           drqv2_args: see `DrQV2Agent`.
         """
         self._layout = Layout(feature_dim_of_frame, num_frames, tuple(lookahead), num_actions,
                               action_dim)
         self._reward = Reward(reward_scale, time_power, w_feature)
-        self._w_critic, self._w_clone, self._max_shift = w_critic, w_clone, max_shift
+        self._w_critic, self._w_clone, self._w_imagine = w_critic, w_clone, w_imagine
+        self._max_shift = max_shift
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
         self._relabel, self._hindsight, self._discount = relabel, hindsight, discount
         self.discriminates = bool(w_critic and w_clone and not lookahead)
@@ -521,6 +534,13 @@ class ACAgent(DrQV2Agent):
             self.policy, self.labeller = (copy.deepcopy(net).requires_grad_(False)
                                           for net in (self.actor, self.inverse))
             self._parts = (*self._parts, 'policy', 'inverse', 'inverse_opt', 'labeller')
+            if w_imagine:
+                self.dynamics = (copy.deepcopy(dynamics)
+                                 or Dynamics(feature_dim_of_frame, action_dim)
+                                 ).to(self.device).requires_grad_(True)
+                self.dynamics_opt = torch.optim.Adam(self.dynamics.parameters(),
+                                                     lr=lr * self.LR_SHARE, fused=True)
+                self._parts = (*self._parts, 'dynamics', 'dynamics_opt')
             if self.discriminates:
                 in_dim = feature_dim_of_frame * num_frames
                 self.discriminator = normed_mlp(in_dim, hidden_dim, 1).to(self.device)
@@ -552,9 +572,12 @@ class ACAgent(DrQV2Agent):
         return self._update(replay_buffer, batch_size, step, self._w_critic)
 
     def _update(self, replay_buffer, batch_size: int, step: int, with_critic) -> dict:
-        """Update inverse model and discriminator, then critic and actor, or the actor by cloning
-        alone, and return metrics."""
+        """Update inverse model, dynamics and discriminator, then critic and actor, or the actor
+        without a critic, and return metrics."""
+        self._replay_buffer = replay_buffer  # to imagine from
         metrics = self.update_inverse(replay_buffer, batch_size) if self._w_clone else {}
+        if self._w_imagine:
+            metrics |= self.update_dynamics(replay_buffer, batch_size)
         if with_critic and self.discriminates:
             metrics |= self.update_discriminator(replay_buffer, batch_size)
         if with_critic:
@@ -640,9 +663,71 @@ class ACAgent(DrQV2Agent):
             self._update_mean(self.policy, self.actor, self.actor_opt)
         return metrics
 
+    def follow_loss(self, batch_size: int) -> torch.Tensor:
+        """Return the actor's loss without a critic, 0-d: of cloning and of imagination."""
+        loss = self._w_clone * self.clone_loss(batch_size)
+        if self._w_imagine:
+            loss = loss - self._w_imagine * self.imagined_reward(self._replay_buffer)
+        return loss
+
     def update_clone(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """Update the actor once, by cloning alone."""
-        return self.step_actor(self._w_clone * self.clone_loss(batch_size))
+        """Update the actor once, without a critic."""
+        return self.step_actor(self.follow_loss(batch_size))
+
+    # ---------------------------------------------------------------------------- imagination
+
+    def update_dynamics(self, replay_buffer, batch_size: int) -> dict[str, torch.Tensor]:
+        """Fit the dynamics further, to the agent's own steps."""
+        history, later, action, _ = self._own_moments(replay_buffer, batch_size)
+        codes = torch.cat([history[:, :Dynamics.HISTORY].flip(1), later[:, :1]], dim=1)
+        loss = self.dynamics.loss(codes, action[:, None].expand(-1, Dynamics.HISTORY, -1))
+        self.dynamics_opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.dynamics_opt.step()
+        return {'dynamics_loss': loss.detach()}
+
+    def _imagined_starts(self, replay_buffer) -> tuple[torch.Tensor, list, torch.Tensor]:
+        """Sample where to imagine from: demonstrations only while the replay buffer is empty, then
+        half from each.
+
+        Returns: history (B, num_frames, D), the targets (B, L, D) of each step, and the actions
+          before (B, num_actions, A)."""
+        n, demos, layout = self.NUM_ROLLOUTS, self._demos, self._layout
+        has_replay = replay_buffer is not None and len(replay_buffer)
+        if has_replay:
+            n //= 2
+        i = torch.randint(len(demos), (n,), device=self.device)
+        steps = torch.randint(demos.shape[1] - 1, (n,), device=self.device)
+        late = torch.randint(self._max_shift + 1, (n,), device=self.device)
+        history = layout.history(demos, i, steps)
+        targets = [layout.targets(demos, i, steps + late + step)
+                   for step in range(self.NUM_IMAGINED)]
+        before = torch.zeros(n, *layout.shapes[-1], device=self.device)
+        for back in range(layout.num_actions):
+            before[:, back] = self._label(i, steps - 1 - back)
+        if has_replay:
+            obs, _, _, _, _, *later = replay_buffer.sample(
+                self.NUM_ROLLOUTS - n, ahead=tuple(range(1, self.NUM_IMAGINED)))
+            seen, _, _, own_before = layout.split(obs)
+            history, before = torch.cat([history, seen]), torch.cat([before, own_before])
+            targets = [torch.cat([shown, layout.split(each)[1]])
+                       for shown, each in zip(targets, (obs, *later), strict=True)]
+        return history, targets, before
+
+    def imagined_reward(self, replay_buffer) -> torch.Tensor:
+        """Return the mean reward of imagined steps, 0-d, with a gradient for the actor."""
+        layout = self._layout
+        history, targets, before = self._imagined_starts(replay_buffer)
+        left, total = torch.rand(len(history), 1, device=self.device), 0.0
+        for target in targets:
+            features = self.encoder(layout.join(history, target, left, before))
+            action = self.actor(features, 0.0).mean
+            newest = self.dynamics.share_out(history[:, :Dynamics.HISTORY].flip(1), action)
+            distance = self._reward.distance(newest, target[:, 0])
+            total = total + self._reward(distance, 1 - left[:, 0]).mean()
+            history = torch.cat([newest[:, None], history[:, :-1]], dim=1)
+            before = torch.cat([action[:, None], before], dim=1)[:, :layout.num_actions]
+        return total / len(targets)
 
     # -------------------------------------------------------------------------- discriminator
 
@@ -724,7 +809,7 @@ class ACAgent(DrQV2Agent):
         # Values in units of their size, so that neither term drowns the other (Fujimoto and Gu
         # 2021, TD3+BC).
         value = q.mean() / q.abs().mean().detach().clamp(min=1e-3)
-        return self._w_clone * self.clone_loss(len(features)) - self._w_critic * value
+        return self.follow_loss(len(features)) - self._w_critic * value
 
 
 def action_loss(predicted: torch.Tensor, action: torch.Tensor) -> torch.Tensor:

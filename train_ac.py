@@ -28,6 +28,7 @@ from ac_agent import (
     load_translator,
     make_env,
 )
+from ct_model import Dynamics
 from logger import SUCCESS, episode_scores
 from train import Workspace, agent_args, check_settings
 from utils import UserError
@@ -50,6 +51,10 @@ def check_all_settings(cfg):
              'w_critic=1.'),
             (cfg.w_clone and is_paper, f'w_clone={cfg.w_clone} takes a pose code, which '
              'recipe=liu2017 has not: set w_clone=0.'),
+            (cfg.w_imagine and not (cfg.w_clone and cfg.lookahead and cfg.lookahead[0] == 1
+                                    and cfg.num_frames >= Dynamics.HISTORY),
+             f'w_imagine={cfg.w_imagine} takes cloning, num_frames={Dynamics.HISTORY} or more and '
+             '1 as the first lookahead: set w_imagine=0.'),
             (cfg.w_clone and not cfg.num_play, 'num_play=0 leaves cloning no play to learn '
              'actions from: set num_play=1 or more.'),
             (cfg.relabel + cfg.hindsight > 1, f'relabel={cfg.relabel} and hindsight='
@@ -214,7 +219,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
 
     def make_agent(**args) -> ACAgent:  # called once all else is checked: it encodes the videos
         if cfg.w_clone:
-            args |= dict(demos=demos.features(),
+            args |= dict(demos=demos.features(), dynamics=model.code.dynamics,
                          play=encode_play(model, splits['play'], demos.scale))
         return ACAgent(**args)
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot), 'recipe': cfg.recipe,
