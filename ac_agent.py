@@ -167,6 +167,11 @@ class Demonstrations:
     def __len__(self) -> int:
         return len(self.clips)
 
+    @property
+    def dynamics(self) -> Dynamics | None:
+        """Those of the features, where the translator has a pose code."""
+        return self._model.code and self._model.code.dynamics
+
     def _find_scale(self, num_episodes: int = 50) -> tuple[list, float]:
         """Return the mean of features, in plain numbers, and their standard deviation."""
         if self._model.code:  # has the scale of its own normalisation
@@ -509,7 +514,7 @@ class ACAgent(DrQV2Agent):
             buffer's.
           lr, hidden_dim: of actor, critic, inverse model and discriminator.
           demos: float32 (N, T+1, D), to be cloned.
-          dynamics: of these features, to begin with.
+          dynamics: those of the features, which are copied and fitted further; None: new ones.
           drqv2_args: see `DrQV2Agent`.
         """
         self._layout = Layout(feature_dim_of_frame, num_frames, tuple(lookahead), num_actions,
@@ -679,8 +684,8 @@ class ACAgent(DrQV2Agent):
     def update_dynamics(self, replay_buffer, batch_size: int) -> dict[str, torch.Tensor]:
         """Fit the dynamics further, to the agent's own steps."""
         history, later, action, _ = self._own_moments(replay_buffer, batch_size)
-        codes = torch.cat([history[:, :Dynamics.HISTORY].flip(1), later[:, :1]], dim=1)
-        loss = self.dynamics.loss(codes, action[:, None].expand(-1, Dynamics.HISTORY, -1))
+        codes = torch.cat([history[:, :self.dynamics.HISTORY].flip(1), later[:, :1]], dim=1)
+        loss = self.dynamics.loss(codes, action[:, None].expand(-1, self.dynamics.HISTORY, -1))
         self.dynamics_opt.zero_grad(set_to_none=True)
         loss.backward()
         self.dynamics_opt.step()
@@ -722,7 +727,7 @@ class ACAgent(DrQV2Agent):
         for target in targets:
             features = self.encoder(layout.join(history, target, left, before))
             action = self.actor(features, 0.0).mean
-            newest = self.dynamics.share_out(history[:, :Dynamics.HISTORY].flip(1), action)
+            newest = self.dynamics.share_out(history[:, :self.dynamics.HISTORY].flip(1), action)
             distance = self._reward.distance(newest, target[:, 0])
             total = total + self._reward(distance, 1 - left[:, 0]).mean()
             history = torch.cat([newest[:, None], history[:, :-1]], dim=1)

@@ -219,7 +219,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
 
     def make_agent(**args) -> ACAgent:  # called once all else is checked: it encodes the videos
         if cfg.w_clone:
-            args |= dict(demos=demos.features(), dynamics=model.code.dynamics,
+            args |= dict(demos=demos.features(), dynamics=demos.dynamics,
                          play=encode_play(model, splits['play'], demos.scale))
         return ACAgent(**args)
     made_by = {'translator_sha256': utils.sha256(cfg.snapshot), 'recipe': cfg.recipe,

@@ -68,6 +68,8 @@ class PoseDemonstrations(Demonstrations):
     `pose` is that of the frame which `encode` is asked for next, float64 (nq,).
     """
 
+    dynamics = None  # the code's do not fit
+
     def __init__(self, model, clips, scale=None):
         super().__init__(model, clips, ([0.0], 1.0))
         poses = self._vectors(np.array([clips.episode(i)['qpos'] for i in range(len(clips))]))

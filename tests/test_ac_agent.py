@@ -20,7 +20,7 @@ from ac_agent import (
     action_loss,
     past_actions,
 )
-from ct_model import ContextTranslator, to_uint8
+from ct_model import ContextTranslator, Dynamics, to_uint8
 from drqv2 import DrQV2Agent
 from replay_buffer import ReplayBuffer
 
@@ -588,21 +588,21 @@ def store(folder, features, actions, demos, layout=LAYOUT):
     return ring
 
 
-def make_cloner(demos, play, **changes):
+def make_cloner(demos, play, num_frames=2, **changes):
     torch.manual_seed(0)
     options = dict(reward_scale=0.1, w_feature=1.0, w_critic=0.0, w_clone=1.0, hidden_dim=64,
                    lr=3e-3, feature_dim=None, update_every_steps=1) | changes
     lookahead = options.pop('lookahead', [1, 2])
-    agent = ACAgent((Layout(2, 2, tuple(lookahead)).size,), 2, feature_dim_of_frame=2, num_frames=2,
-                    lookahead=lookahead, demos=demos, play=play, **options)
+    agent = ACAgent((Layout(2, num_frames, tuple(lookahead)).size,), 2, feature_dim_of_frame=2,
+                    num_frames=num_frames, lookahead=lookahead, demos=demos, play=play, **options)
     agent.MEAN_RATE = 0.02  # there are fewer updates than in use
     return agent
 
 
-def miss(agent, sign=1):
+def miss(agent, sign=1, layout=LAYOUT):
     """How far it acts from the expert where the expert goes, in episodes that are held out."""
     features, actions = roll_out(expert, 8, seed=99)
-    return np.mean([abs(agent.act(observe(x, x, t), 0, eval_mode=True)
+    return np.mean([abs(agent.act(observe(x, x, t, layout), 0, eval_mode=True)
                         - sign * action[t].numpy()).mean()
                     for x, action in zip(features, actions, strict=True)
                     for t in range(len(action))])
@@ -627,6 +627,66 @@ def test_it_clones_actions_that_it_was_never_shown(tmp_path, demo_features, opti
     assert {'inverse_loss', 'actor_loss'} <= metrics.keys()
     assert ('critic_loss' in metrics) == ('w_critic' in options)
     assert miss(agent) < 0.1
+
+
+LONGER = Layout(2, Dynamics.HISTORY, (1, 2), 0, 2)  # dynamics look further back
+
+
+class Moves(Dynamics):
+    """The linear system itself."""
+
+    def forward(self, history, action):
+        return history[:, :, -1] + 0.3 * action
+
+
+@pytest.mark.parametrize('num_own', [0, 20])  # episodes in the replay buffer
+def test_it_practises_in_imagination(tmp_path, demo_features, num_own):
+    """With next to no cloning, and dynamics that are known."""
+    play = Play(*roll_out(at_random, 50, seed=1))
+    own = num_own and store(tmp_path, *roll_out(at_random, num_own, seed=2), demo_features, LONGER)
+    agent = make_cloner(demo_features, play, LONGER.num_frames, w_clone=1e-6, w_imagine=1.0,
+                        reward_scale=1.0, dynamics=Moves(2, 2))
+    agent.NUM_IMAGINED = 2
+    assert miss(agent, layout=LONGER) > 0.3
+    before = float(agent.imagined_reward(own or None).detach())
+    for _ in range(300):
+        agent.step_actor(-agent.imagined_reward(own or None))
+    assert float(agent.imagined_reward(own or None).detach()) > before
+    assert miss(agent, layout=LONGER) < 0.1
+
+
+def test_what_follows_without_a_critic_is_cloned_and_imagined(demo_features):
+    play = Play(*roll_out(at_random, 50, seed=1))
+    agent = make_cloner(demo_features, play, LONGER.num_frames, w_clone=0.5, w_imagine=2.0)
+    metrics = agent.update(None, 16, 0)
+    assert {'dynamics_loss', 'inverse_loss', 'actor_loss'} <= metrics.keys()
+    losses = []
+    for loss in (lambda: agent.follow_loss(16),
+                 lambda: 0.5 * agent.clone_loss(16) - 2.0 * agent.imagined_reward(None)):
+        torch.manual_seed(0)
+        losses.append(float(loss().detach()))
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_dynamics_are_fitted_further_to_own_steps(tmp_path, demo_features):
+    """And those that were given stay as they were: they are the translator's."""
+    play = Play(*roll_out(at_random, 50, seed=1))
+    own = store(tmp_path, *roll_out(at_random, 50, seed=2), demo_features, LONGER)
+    given = Dynamics(2, 2, hidden=64).requires_grad_(False)
+    at_first = copy.deepcopy(given.state_dict())
+    agent = make_cloner(demo_features, play, LONGER.num_frames, w_imagine=1.0, dynamics=given,
+                        lr=1e-2)
+    features, actions = roll_out(at_random, 20, seed=3)
+    codes, actions = features[:, 2:6], actions[:, 2:5]
+
+    def error():
+        with torch.no_grad():
+            return float(agent.dynamics.loss(codes, actions))
+    before = error()
+    for _ in range(200):
+        agent.update_dynamics(own, 64)
+    assert error() < 0.1 * before
+    assert all(torch.equal(value, at_first[name]) for name, value in given.state_dict().items())
 
 
 def test_what_acts_and_what_labels_are_running_means(demo_features):

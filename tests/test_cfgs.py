@@ -110,7 +110,8 @@ def test_what_an_agent_takes_is_set_in_cfgs(script, agent):
     cfg = cfg_of(script)
     args = train.agent_args(cfg, agent, env)
     takes = {name for each in agent.__mro__ for name in inspect.signature(each).parameters}
-    others = {'device', 'args', 'kwargs', 'drqv2_args', 'demos', 'play', 'feature_dim_of_frame'}
+    others = {'device', 'args', 'kwargs', 'drqv2_args', 'demos', 'play', 'dynamics',
+              'feature_dim_of_frame'}
     assert args.keys() == takes - others
     sizes = {'obs_shape': [6], 'action_dim': 2}
     assert args == {name: cfg[name] for name in args.keys() - sizes} | sizes
@@ -158,10 +159,10 @@ def test_recipes():
     assert (cfg.recipe, cfg.play_share, cfg.model.code_dim) == ('pose_code', 0.5, 16)
     assert cfg.code.lr == f'linear(1e-3,1e-5,{cfg.code.num_steps})'
     cfg = cfg_of('train_ac', 'recipe=liu2017')
-    assert (cfg.recipe, cfg.w_clone, cfg.w_critic) == ('liu2017', 0, 1)
+    assert (cfg.recipe, cfg.w_clone, cfg.w_imagine, cfg.w_critic) == ('liu2017', 0, 0, 1)
     assert (cfg.reward_scale, cfg.time_power) == (None, 2)
     cfg = cfg_of('train_ac')
-    assert (cfg.recipe, cfg.w_clone, cfg.w_critic) == ('pose_code', 1, 0)
+    assert (cfg.recipe, cfg.w_clone, cfg.w_imagine, cfg.w_critic) == ('pose_code', 1, 0, 0)
     assert (cfg.reward_scale, cfg.time_power) == (0.1, 0)
     for script in ('train_ct', 'train_ac'):
         with pytest.raises(MissingConfigException, match='other'):

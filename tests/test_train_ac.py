@@ -147,16 +147,17 @@ def learned_alike(one, other):
 
 # ------------------------------------------------------------------------------ runs
 
-# The third also relabels, as its recipe says; the last has a discriminator.
+# The third also relabels, as its recipe says, and imagines; the last has a discriminator.
 VARIANTS = [('liu2017', {}), ('pose_code', {}),
-            ('pose_code', {'w_critic': 1.0, 'timing': 'nearest'}),
+            ('pose_code', {'w_critic': 1.0, 'w_imagine': 1.0, 'timing': 'nearest'}),
             ('pose_code', {'w_critic': 1.0, 'lookahead': [], 'num_actions': 2})]
 
 
 @pytest.mark.parametrize('overlap', [False, True])  # updates in a second thread change nothing
 @pytest.mark.parametrize('recipe, changes', VARIANTS)
 def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, whole, tmp_path,
-                                                                    monkeypatch, overlap, recipe):
+                                                                    monkeypatch, overlap, recipe,
+                                                                    changes):
     killed = make(cfg, tmp_path / 'killed', overlap)
     watch(monkeypatch, killed.train_env, 'step', 50, die)
     with pytest.raises(Killed):
@@ -168,6 +169,7 @@ def test_a_killed_and_resumed_imitator_ends_as_one_that_ran_through(cfg, whole, 
     agent = agent_of(whole, 'imitator')
     assert agent['num_updates'] > 50
     assert ('inverse' in agent) == ('inverse_opt' in agent) == (recipe == 'pose_code')
+    assert ('dynamics' in agent) == ('dynamics_opt' in agent) == ('w_imagine' in changes)
     for name in ('train.csv', 'eval.csv'):
         assert rows(whole / name) == rows(tmp_path / 'killed' / name)
 
@@ -520,7 +522,11 @@ def no_filming(monkeypatch):
     ({'num_actions': -1}, 'set num_actions=0'),
     ({'timing': 'soon'}, 'one of clock, nearest'),
     ({'timing': 'nearest', 'lookahead': []}, 'set timing=clock'),
-    ({'w_critic': 1, 'nstep': 3}, 'set nstep=1'),
+    ({'w_critic': 1, 'nstep': 3}, 'set nstep=1'), ({'w_imagine': -1}, 'set w_imagine=1'),
+    ({'w_imagine': 1, 'num_frames': 2}, 'set w_imagine=0'),
+    ({'w_imagine': 1, 'lookahead': [2, 3]}, 'set w_imagine=0'),
+    ({'w_imagine': 1, 'lookahead': []}, 'set w_imagine=0'),
+    ({'w_imagine': 1, 'w_clone': 0, 'w_critic': 1}, 'set w_imagine=0'),
     ({'lr': 'linear(1e-3,1e-4,20000)'}, 'set lr=1e-3'), ({'lr': 0}, 'set lr=1e-3'),
     ({'lookahead': [0, 1]}, r'lookahead=\[1,3'), ({'lookahead': [1, -3]}, r'lookahead=\[1,3'),
     ({'w_feature': 0, 'w_img': 0}, 'set w_feature=1'), ({'w_img': -1}, 'set w_img=1'),
@@ -540,6 +546,7 @@ def test_settings_that_do_not_go_together_are_told_before_any_work(cfg, tmp_path
 @pytest.mark.parametrize('overrides', [
     {}, {'reward_scale': None, 'time_power': 2}, {'relabel': 1.0, 'hindsight': 0.0},
     {'w_critic': 0.0, 'nstep': 3}, {'w_critic': 0.0, 'w_img': 0.5}, {'w_critic': 1.0},
+    {'w_imagine': 1.0}, {'w_imagine': 1.0, 'w_critic': 1.0},
     {'w_critic': 1.0, 'lookahead': []},
     {'w_critic': 1.0, 'relabel': 0, 'hindsight': 0, 'nstep': 3, 'w_img': 1.0, 'lookahead': [2]}])
 def test_settings_that_go_together_pass(cfg, overrides):
