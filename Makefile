@@ -20,6 +20,7 @@ IMITATOR_walker_walk   = num_pretrain_updates=4000
 PLAY_reacher_hard      = 200
 FRAMES_reacher_hard    = 20_000
 FRAMES_finger_spin     = 20_000
+FRAMES_finger_turn_easy = 20_000
 
 # What a budget buys, as overrides of each script. From shipped weights, on two cores without a GPU,
 # full took 6 to 8 minutes (reacher_hard) to 31 (finger_turn_easy, beside other runs), smoke two to

@@ -169,7 +169,7 @@ class Demonstrations:
 
     @property
     def dynamics(self) -> Dynamics | None:
-        """Those of the features, where the translator has a pose code."""
+        """The translator's dynamics of the features; None without a pose code."""
         return self._model.code and self._model.code.dynamics
 
     def _find_scale(self, num_episodes: int = 50) -> tuple[list, float]:
@@ -464,9 +464,9 @@ class ACAgent(DrQV2Agent):
 
     Beside this, the actor can practise in imagination (with `w_imagine`): it acts for a few steps
     in the translator's `Dynamics`, which are fitted further to its own steps, and its gradient
-    passes through them (Heess et al. 2015, SVG). It starts from demonstrated moments, and from its
-    own with the targets of then. Or DrQ-v2's critic learns how well targets are tracked, and the
-    actor climbs it (with `w_critic`).
+    passes through them (Heess et al. 2015, SVG). It starts from demonstrated moments, whose targets
+    go by the clock, and from its own, with the targets that it had there. DrQ-v2's critic can learn
+    how well targets are tracked, and the actor climb it (with `w_critic`).
 
     Reward depends only on the observation, and targets not on actions, so the critic's transitions
     can be relabelled (hindsight experience replay, Andrychowicz et al. 2017): a share of each batch
@@ -502,11 +502,11 @@ class ACAgent(DrQV2Agent):
           reward_scale, time_power, w_feature: see `Reward`.
           w_critic, w_clone, w_imagine: of the critic's value, of cloning and of the imagined reward
             in the actor's loss; 0: without. w_imagine takes w_clone, num_frames of at least
-            `Dynamics.HISTORY`, and 1 as the first of `lookahead`.
-          max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly;
-            those of an imagined one are late by at most so many. The agent is seldom on time.
-          num_pretrain_updates: updates on play alone, before the first of the others: cloning,
-            and with a discriminator all parts.
+            `Dynamics.HISTORY`, and 1 as the first of `lookahead`; its reward has no images.
+          max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly.
+            The agent is seldom exactly on time. In imagination it is late by 0 to so many steps.
+          num_pretrain_updates: updates on play alone, before the first of the others: cloning and
+            imagination, and with a discriminator all parts.
           relabel: the share of transitions that get targets of others.
           hindsight: the share whose targets are what the agent achieved. Both take 1 as the first
             of `lookahead`, and 1-step returns.
@@ -523,6 +523,7 @@ class ACAgent(DrQV2Agent):
         self._w_critic, self._w_clone, self._w_imagine = w_critic, w_clone, w_imagine
         self._max_shift = max_shift
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
+        self._replay_buffer = None  # to imagine from
         self._relabel, self._hindsight, self._discount = relabel, hindsight, discount
         self.discriminates = bool(w_critic and w_clone and not lookahead)
         # without targets it does not learn from the loop's reward
@@ -579,7 +580,7 @@ class ACAgent(DrQV2Agent):
     def _update(self, replay_buffer, batch_size: int, step: int, with_critic) -> dict:
         """Update inverse model, dynamics and discriminator, then critic and actor, or the actor
         without a critic, and return metrics."""
-        self._replay_buffer = replay_buffer  # to imagine from
+        self._replay_buffer = replay_buffer
         metrics = self.update_inverse(replay_buffer, batch_size) if self._w_clone else {}
         if self._w_imagine:
             metrics |= self.update_dynamics(replay_buffer, batch_size)
@@ -720,14 +721,15 @@ class ACAgent(DrQV2Agent):
         return history, targets, before
 
     def imagined_reward(self, replay_buffer) -> torch.Tensor:
-        """Return the mean reward of imagined steps, 0-d, with a gradient for the actor."""
+        """Return the mean reward of imagined steps, 0-d, with a gradient for the actor. The time
+        left is random and stays: actions must not depend on the clock."""
         layout = self._layout
         history, targets, before = self._imagined_starts(replay_buffer)
         left, total = torch.rand(len(history), 1, device=self.device), 0.0
         for target in targets:
             features = self.encoder(layout.join(history, target, left, before))
             action = self.actor(features, 0.0).mean
-            newest = self.dynamics.share_out(history[:, :self.dynamics.HISTORY].flip(1), action)
+            newest = self.dynamics.by_turns(history[:, :self.dynamics.HISTORY].flip(1), action)
             distance = self._reward.distance(newest, target[:, 0])
             total = total + self._reward(distance, 1 - left[:, 0]).mean()
             history = torch.cat([newest[:, None], history[:, :-1]], dim=1)

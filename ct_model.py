@@ -188,9 +188,9 @@ class Dynamics(nn.Module):
         change = torch.stack([member(part) for member, part in zip(self.members, x, strict=True)])
         return history[:, :, -1] + moved[:, :, -1] + change
 
-    def share_out(self, history: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Return the next codes (B, D) after the history (B, HISTORY, D), oldest first, and the
-        action (B, A), of each row by one member: by turns, B being a multiple of their number."""
+    def by_turns(self, history: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Predict row b by member b % K alone: history (B, HISTORY, D), oldest first, and action
+        (B, A) -> next codes (B, D). B is a multiple of K."""
         shares = (x.unflatten(0, (-1, len(self.members))).transpose(0, 1)
                   for x in (history, action))
         return self(*shares).transpose(0, 1).flatten(0, 1)

@@ -52,9 +52,9 @@ def check_all_settings(cfg):
             (cfg.w_clone and is_paper, f'w_clone={cfg.w_clone} takes a pose code, which '
              'recipe=liu2017 has not: set w_clone=0.'),
             (cfg.w_imagine and not (cfg.w_clone and cfg.lookahead and cfg.lookahead[0] == 1
-                                    and cfg.num_frames >= Dynamics.HISTORY),
-             f'w_imagine={cfg.w_imagine} takes cloning, num_frames={Dynamics.HISTORY} or more and '
-             '1 as the first lookahead: set w_imagine=0.'),
+                                    and cfg.num_frames >= Dynamics.HISTORY and not cfg.w_img),
+             f'w_imagine={cfg.w_imagine} takes cloning, 1 as the first lookahead, '
+             f'num_frames={Dynamics.HISTORY} or more and w_img=0: set w_imagine=0.'),
             (cfg.w_clone and not cfg.num_play, 'num_play=0 leaves cloning no play to learn '
              'actions from: set num_play=1 or more.'),
             (cfg.relabel + cfg.hindsight > 1, f'relabel={cfg.relabel} and hindsight='
@@ -208,7 +208,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
         # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
         scale = last and last['made_by'].get('scale')
         if last:
-            last['made_by'].setdefault('timing', 'clock')  # older runs do not say it
+            last['made_by'].setdefault('timing', 'clock')  # older runs do not say these
+            last['agent_args'].setdefault('w_imagine', 0.0)
     demos = Demonstrations(model, splits['train'], scale)
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
     options = (cfg.num_frames, cfg.lookahead, cfg.num_actions,

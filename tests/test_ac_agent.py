@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import dm_env
 import numpy as np
@@ -641,12 +642,11 @@ class Moves(Dynamics):
 
 @pytest.mark.parametrize('num_own', [0, 20])  # episodes in the replay buffer
 def test_it_practises_in_imagination(tmp_path, demo_features, num_own):
-    """With next to no cloning, and dynamics that are known."""
+    """Without cloning, in dynamics that are known."""
     play = Play(*roll_out(at_random, 50, seed=1))
     own = num_own and store(tmp_path, *roll_out(at_random, num_own, seed=2), demo_features, LONGER)
     agent = make_cloner(demo_features, play, LONGER.num_frames, w_clone=1e-6, w_imagine=1.0,
                         reward_scale=1.0, dynamics=Moves(2, 2))
-    agent.NUM_IMAGINED = 2
     assert miss(agent, layout=LONGER) > 0.3
     before = float(agent.imagined_reward(own or None).detach())
     for _ in range(300):
@@ -655,11 +655,39 @@ def test_it_practises_in_imagination(tmp_path, demo_features, num_own):
     assert miss(agent, layout=LONGER) < 0.1
 
 
+@pytest.mark.parametrize('has_own', [False, True])
+def test_an_imagined_step_follows_from_the_last(tmp_path, demo_features, has_own):
+    """Each step sees where the last one led, the next targets and the last actions; the gradient
+    passes from step to step."""
+    layout = Layout(2, 4, (1, 2), 2, 2)
+    play = Play(*roll_out(at_random, 50, seed=1))
+    own = has_own and store(tmp_path, *roll_out(at_random, 9, seed=2), demo_features, layout)
+    moves, has_gradient = Moves(2, 2), []
+    torch.manual_seed(0)
+    agent = ACAgent((layout.size,), 2, 2, 4, [1, 2], 2, w_critic=0.0, w_clone=1.0, w_imagine=1.0,
+                    max_shift=2, hidden_dim=8, feature_dim=None, demos=demo_features, play=play,
+                    dynamics=moves)
+    agent.dynamics.register_forward_pre_hook(
+        lambda module, args: has_gradient.append(args[0].requires_grad))
+    seen, actions = [], []
+    agent.encoder.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    agent.actor.register_forward_hook(lambda module, args, out: actions.append(out.mean))
+    agent.imagined_reward(own or None)
+    assert has_gradient == [False] + [True] * (agent.NUM_IMAGINED - 1)
+    for one, other, action in zip(seen[:-1], seen[1:], actions, strict=False):
+        features, targets, left, before = layout.split(one)
+        next_features, next_targets, next_left, next_before = layout.split(other)
+        torch.testing.assert_close(next_features[:, 0], features[:, 0] + 0.3 * action)
+        torch.testing.assert_close(next_features[:, 1:], features[:, :-1])
+        assert torch.equal(next_left, left)
+        assert torch.equal(next_before, torch.stack([action, before[:, 0]], dim=1))
+        assert torch.equal(next_targets[:, 0], targets[:, 1])
+
+
 def test_what_follows_without_a_critic_is_cloned_and_imagined(demo_features):
     play = Play(*roll_out(at_random, 50, seed=1))
-    agent = make_cloner(demo_features, play, LONGER.num_frames, w_clone=0.5, w_imagine=2.0)
-    metrics = agent.update(None, 16, 0)
-    assert {'dynamics_loss', 'inverse_loss', 'actor_loss'} <= metrics.keys()
+    agent = make_cloner(demo_features, play, LONGER.num_frames, w_clone=0.5, w_imagine=2.0,
+                        w_critic=1.0)
     losses = []
     for loss in (lambda: agent.follow_loss(16),
                  lambda: 0.5 * agent.clone_loss(16) - 2.0 * agent.imagined_reward(None)):
@@ -667,10 +695,17 @@ def test_what_follows_without_a_critic_is_cloned_and_imagined(demo_features):
         losses.append(float(loss().detach()))
     assert losses[0] == pytest.approx(losses[1])
 
+    # With one, its value counts beside them, in units of its size.
+    features, action = torch.randn(16, LONGER.size), torch.zeros(16, 2)
+    value = torch.min(*agent.critic(features, action)).detach()
+    torch.manual_seed(0)
+    loss = agent.actor_loss(features, SimpleNamespace(sample=lambda clip: action)).detach()
+    assert float(loss) == pytest.approx(losses[0] - float(value.mean() / value.abs().mean()))
+
 
 def test_dynamics_are_fitted_further_to_own_steps(tmp_path, demo_features):
-    """And those that were given stay as they were: they are the translator's."""
-    play = Play(*roll_out(at_random, 50, seed=1))
+    """In play nothing moved. Those that were given stay as they were: they are the translator's."""
+    play = Play(*roll_out(at_random, 50, seed=1, speed=0.0))
     own = store(tmp_path, *roll_out(at_random, 50, seed=2), demo_features, LONGER)
     given = Dynamics(2, 2, hidden=64).requires_grad_(False)
     at_first = copy.deepcopy(given.state_dict())
@@ -685,7 +720,7 @@ def test_dynamics_are_fitted_further_to_own_steps(tmp_path, demo_features):
     before = error()
     for _ in range(200):
         agent.update_dynamics(own, 64)
-    assert error() < 0.1 * before
+    assert error() < 0.3 * before
     assert all(torch.equal(value, at_first[name]) for name, value in given.state_dict().items())
 
 

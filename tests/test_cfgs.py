@@ -50,7 +50,7 @@ def test_task_files_speak_of_drqv2_and_of_the_imitators_exceptions_alone(task):
     said = file.keys()
     assert said <= {'defaults', 'task_name', 'drqv2', 'imitator'}
     assert file.get('imitator', {}).keys() <= {'lookahead', 'timing', 'num_actions', 'max_shift',
-                                               'w_critic'}
+                                               'w_imagine', 'w_critic'}
     assert ('task_name' in said) == (task in FILES)
 
 
@@ -63,7 +63,7 @@ def own_values(cfg):
     """All but the task's name, what train.py takes from `drqv2`, and the imitator's exceptions."""
     values = OmegaConf.to_container(cfg, resolve=True)
     del values['task_name']
-    own = ('lookahead', 'timing', 'num_actions', 'max_shift', 'w_critic')
+    own = ('lookahead', 'timing', 'num_actions', 'max_shift', 'w_imagine', 'w_critic')
     for key in ('drqv2', 'imitator', *(own if values.get('recipe') == 'pose_code' else ())):
         values.pop(key, None)
     return values
@@ -131,13 +131,13 @@ def test_a_users_word_stands_above_the_task_files():
 def test_a_task_file_may_say_otherwise_of_its_imitator():
     def said(*overrides):
         cfg = cfg_of('train_ac', *overrides)
-        return cfg.lookahead, cfg.num_actions, cfg.max_shift, cfg.w_critic
+        return cfg.lookahead, cfg.num_actions, cfg.max_shift, cfg.w_imagine, cfg.w_critic
     targets = [1, 2, 3, 5, 8, 12]
-    assert said('task=cheetah_run') == (targets, 0, 6, 0)
-    assert said('task=reacher_hard') == (targets, 0, 0, 0)
-    assert said('task=finger_spin') == ([], 0, 6, 1)
-    assert said('task=cup_catch') == ([], 0, 6, 1)
-    assert said('task=finger_turn_easy') == (targets, 0, 6, 1)
+    assert said('task=cheetah_run') == (targets, 0, 6, 0, 0)
+    assert said('task=reacher_hard') == (targets, 0, 0, 0, 0)
+    assert said('task=finger_spin') == ([], 0, 6, 0, 1)
+    assert said('task=cup_catch') == ([], 0, 6, 0, 1)
+    assert said('task=finger_turn_easy') == (targets, 0, 6, 1, 0)
     assert said('task=walker_walk') == ([], 2, 6, 1)
     assert said('task=walker_walk', 'recipe=liu2017') == ([1, 3, 6, 12], 0, 0, 1)
     assert cfg_of('train_ac', 'task=finger_turn_easy', 'w_critic=0').w_critic == 0

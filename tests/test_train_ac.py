@@ -149,7 +149,8 @@ def learned_alike(one, other):
 
 # The third also relabels, as its recipe says, and imagines; the last has a discriminator.
 VARIANTS = [('liu2017', {}), ('pose_code', {}),
-            ('pose_code', {'w_critic': 1.0, 'w_imagine': 1.0, 'timing': 'nearest'}),
+            ('pose_code', {'w_critic': 1.0, 'w_imagine': 1.0, 'num_actions': 2,
+                           'timing': 'nearest'}),
             ('pose_code', {'w_critic': 1.0, 'lookahead': [], 'num_actions': 2})]
 
 
@@ -368,17 +369,20 @@ def test_made_by_says_what_it_was_made_of(cfg, tmp_path):
     assert (made_by['num_demos'], made_by['num_play']) == (1, 1)
 
 
-def test_runs_from_before_there_was_a_choice_go_by_the_clock(cfg, tmp_path):
+def test_runs_from_before_there_was_a_choice_go_by_the_clock_without_imagination(cfg, tmp_path):
     workspace = make(cfg, tmp_path)
     workspace.save_snapshot()
     older = utils.load_snapshot(tmp_path / 'snapshot.pt', 'imitator')
-    del older['made_by']['timing']
+    del older['made_by']['timing'], older['agent_args']['w_imagine']
     torch.save(older, tmp_path / 'snapshot.pt')
     make(cfg, tmp_path)
     ac_agent.load_imitator(tmp_path / 'snapshot.pt', cfg.snapshot, f'{cfg.data_dir}/valid',
                            'reacher_hard')
     cfg.merge_with({'timing': 'nearest'})
     with pytest.raises(UserError, match='timing=clock, not nearest'):
+        make(cfg, tmp_path)
+    cfg.merge_with({'timing': 'clock', 'w_imagine': 1.0})
+    with pytest.raises(UserError, match='w_imagine=0.0, not 1.0'):
         make(cfg, tmp_path)
 
 
@@ -526,6 +530,7 @@ def no_filming(monkeypatch):
     ({'w_imagine': 1, 'num_frames': 2}, 'set w_imagine=0'),
     ({'w_imagine': 1, 'lookahead': [2, 3]}, 'set w_imagine=0'),
     ({'w_imagine': 1, 'lookahead': []}, 'set w_imagine=0'),
+    ({'w_imagine': 1, 'w_img': 0.5}, 'set w_imagine=0'),
     ({'w_imagine': 1, 'w_clone': 0, 'w_critic': 1}, 'set w_imagine=0'),
     ({'lr': 'linear(1e-3,1e-4,20000)'}, 'set lr=1e-3'), ({'lr': 0}, 'set lr=1e-3'),
     ({'lookahead': [0, 1]}, r'lookahead=\[1,3'), ({'lookahead': [1, -3]}, r'lookahead=\[1,3'),
