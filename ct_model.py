@@ -249,6 +249,7 @@ class PoseCode(nn.Module):
         # Unit variance, without parameters: codes cannot agree by being all the same.
         self.norm = nn.BatchNorm1d(code_dim, affine=False, momentum=0.02)
         self.predictor = normed_mlp(code_dim + z_dim, hidden, num_targets)
+        # `ACAgent`, which takes these over, makes them of the default size to load a snapshot.
         self.dynamics = Dynamics(code_dim, action_dim, hidden)
         self.inverse = normed_mlp(3 * code_dim, hidden, action_dim)
         self.register_buffer('z_scale', torch.zeros(2, z_dim))            # mean, deviation
