@@ -138,9 +138,9 @@ def test_a_task_file_may_say_otherwise_of_its_imitator():
     assert said('task=finger_spin') == ([], 0, 6, 0, 1)
     assert said('task=cup_catch') == ([], 0, 6, 0, 1)
     assert said('task=finger_turn_easy') == (targets, 0, 6, 1, 0)
-    assert said('task=walker_walk') == ([], 2, 6, 1)
-    assert said('task=walker_walk', 'recipe=liu2017') == ([1, 3, 6, 12], 0, 0, 1)
-    assert cfg_of('train_ac', 'task=finger_turn_easy', 'w_critic=0').w_critic == 0
+    assert said('task=walker_walk') == ([], 2, 6, 0, 1)
+    assert said('task=walker_walk', 'recipe=liu2017') == ([1, 3, 6, 12], 0, 0, 0, 1)
+    assert cfg_of('train_ac', 'task=finger_turn_easy', 'w_imagine=0').w_imagine == 0
     assert cfg_of('train_ac', 'task=finger_spin', 'recipe=liu2017').lookahead == [1, 3, 6, 12]
 
 
