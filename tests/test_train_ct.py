@@ -722,7 +722,7 @@ class TrueFeatures:
 
 
 def test_the_true_pose_has_the_best_scores(monkeypatch):
-    monkeypatch.setattr(PoseProbe, 'NUM_STEPS', 1000)
+    monkeypatch.setattr(PoseProbe, 'NUM_STEPS', 500)
     splits = pose_splits('train', 'valid', 'play', 'play_valid')
     features = TrueFeatures(splits)
     random_state = torch.get_rng_state()
