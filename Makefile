@@ -12,6 +12,7 @@ BUDGET ?= full
 # is MORE_PLAY, a first imitator, from random play, plays on until there are so many episodes.
 DEMOS_finger_turn_easy = 1000
 PLAY_finger_turn_easy  = 1000
+FRAMES_finger_turn_easy = 20_000
 DEMOS_walker_walk      = 600
 PLAY_walker_walk       = 3000
 MORE_PLAY_walker_walk  = 5000
@@ -20,11 +21,10 @@ IMITATOR_walker_walk   = num_pretrain_updates=4000
 PLAY_reacher_hard      = 200
 FRAMES_reacher_hard    = 20_000
 FRAMES_finger_spin     = 20_000
-FRAMES_finger_turn_easy = 20_000
 
 # What a budget buys, as overrides of each script. From shipped weights, on two cores without a GPU,
-# full took 6 to 8 minutes (reacher_hard) to 25 (finger_spin, on one core), smoke two to
-# three. walker_walk, which trains two imitators, takes longer and was not timed as a whole.
+# full took 6 to 8 minutes (reacher_hard) to 25 (finger_spin, on one core), smoke two to three.
+# walker_walk, which trains two imitators, takes longer and was not timed as a whole.
 EXPERT_full      = num_train_frames=300_000
 VIDEOS_full      = num_train=$(or $(DEMOS_$(TASK)),500) num_valid=30 \
     num_play=$(or $(PLAY_$(TASK)),500) \

@@ -639,6 +639,13 @@ class ACAgent(DrQV2Agent):
         later = moments(self._demos, i, steps, range(1, self.NUM_AHEAD + 1))
         return self._infer_actions(self.labeller, history, later) * (steps >= 0)[:, None]
 
+    def _labels(self, i: torch.Tensor, steps: torch.Tensor, num: int) -> torch.Tensor:
+        """Return `num` actions (B, num, A), those at steps (B,) and before, newest first."""
+        labels = torch.zeros(len(i), num, self._play.actions.shape[-1], device=self.device)
+        for back in range(num):
+            labels[:, back] = self._label(i, steps - back)
+        return labels
+
     def clone_loss(self, batch_size: int) -> torch.Tensor:
         """Return how far the actor is from what the inverse model reads out of demonstrations,
         0-d."""
@@ -646,8 +653,7 @@ class ACAgent(DrQV2Agent):
         i = torch.randint(len(demos), (batch_size,), device=self.device)
         steps = torch.randint(demos.shape[1] - 1, (batch_size,), device=self.device)
         history = layout.history(demos, i, steps)
-        labels = torch.stack([self._label(i, steps - back)
-                              for back in range(layout.num_actions + 1)], dim=1)
+        labels = self._labels(i, steps, layout.num_actions + 1)
         shift = torch.randint(-self._max_shift, self._max_shift + 1, (batch_size,),
                               device=self.device)
         targets = layout.targets(demos, i, steps + shift)
@@ -685,8 +691,8 @@ class ACAgent(DrQV2Agent):
     def update_dynamics(self, replay_buffer, batch_size: int) -> dict[str, torch.Tensor]:
         """Fit the dynamics further, to the agent's own steps."""
         history, later, action, _ = self._own_moments(replay_buffer, batch_size)
-        codes = torch.cat([history[:, :self.dynamics.HISTORY].flip(1), later[:, :1]], dim=1)
-        loss = self.dynamics.loss(codes, action[:, None].expand(-1, self.dynamics.HISTORY, -1))
+        codes = history[:, :self.dynamics.HISTORY].flip(1)
+        loss = (self.dynamics.rollout(codes, action[:, None]) - later[:, :1]).square().mean()
         self.dynamics_opt.zero_grad(set_to_none=True)
         loss.backward()
         self.dynamics_opt.step()
@@ -708,9 +714,7 @@ class ACAgent(DrQV2Agent):
         history = layout.history(demos, i, steps)
         targets = [layout.targets(demos, i, steps + late + step)
                    for step in range(self.NUM_IMAGINED)]
-        before = torch.zeros(n, *layout.shapes[-1], device=self.device)
-        for back in range(layout.num_actions):
-            before[:, back] = self._label(i, steps - 1 - back)
+        before = self._labels(i, steps - 1, layout.num_actions)
         if has_replay:
             obs, _, _, _, _, *later = replay_buffer.sample(
                 self.NUM_ROLLOUTS - n, ahead=tuple(range(1, self.NUM_IMAGINED)))
