@@ -4,6 +4,7 @@ Imitation is an ordinary RL problem here, so that train.py's loop serves it: tra
 demonstration, translated into the agent's surroundings, would look like.
 """
 import copy
+import functools
 import math
 from collections import deque
 from pathlib import Path
@@ -94,8 +95,8 @@ class Reward(NamedTuple):
 
     With `scale` s it is (t/T)^time_power * exp(-d / s), in [0, 1]: beyond a few s it is about 0
     (Peng et al. 2018, section 5). Without one it is -(t/T)^time_power * d (Liu et al. 2017, section
-    V, where time_power is 2). Without targets the reward is a discriminator's: see
-    `ACAgent`.
+    V, where time_power is 2). With w_img, `Imitation` adds the distance of images to d. Without
+    targets the reward is a discriminator's, see `ACAgent.update_discriminator`.
     """
 
     scale: float | None = 0.1
@@ -135,8 +136,8 @@ def load_translator(path: str | Path, task_name: str, recipe: str, device: torch
         model = utils.rebuild(ContextTranslator, made['model_args'], made['model'])
     if (model.code is None) != (recipe == 'liu2017'):
         raise UserError(f"{path} has {'no' if model.code is None else 'a'} pose code: set "
-                        f"recipe={'liu2017' if model.code is None else 'pose_code'}, or {retrain} "
-                        f'recipe={recipe}.')
+                        f"recipe={'liu2017' if model.code is None else 'pose_code'}, choose "
+                        f'another translator, or {retrain} recipe={recipe}.')
     scores = made.get('scores', {})
     if model.code and 'agreement' not in scores:
         raise UserError(f'{path} has a pose code that was not fitted to the end: go on with that '
@@ -154,7 +155,8 @@ class Demonstrations:
 
     def __init__(self, model: ContextTranslator, clips: video.Clips,
                  scale: tuple[list, float] | None = None):
-        """
+        """Take videos, and a translator that is ready to answer.
+
         Args:
           scale: another object's `scale`, so that both give the same features.
         """
@@ -251,8 +253,8 @@ class Imitation(dmc.Wrapper):
     `reset` draws a demonstrated episode and one of the contexts in which it was filmed. The agent
     starts from the expert's initial state, in that context. The episode's videos in the other
     contexts are translated into it, given the agent's first image. `start_seed` is the seed of the
-    task's own reset. With one's own videos neither is known: the agent starts from the reset which
-    looks most like the demonstration's first frame, in any context of the split's kind.
+    task's own reset. In one's own videos, initial state and context are unknown: the agent starts
+    from the reset that looks most like the first frame, in a context drawn anew.
 
     Observation: see `Layout`. Targets are counted from the demonstration's phase: the agent's own
       step or, with timing='nearest', that step of the demonstration whose last frames are most like
@@ -272,7 +274,8 @@ class Imitation(dmc.Wrapper):
 
     def __init__(self, env, demos: Demonstrations, layout: Layout, reward: Reward, im_size: int,
                  w_img: float = 0.0, timing: str = 'clock', evaluate: bool = False):
-        """
+        """Take the task's environment, and the demonstrations to track.
+
         Args:
           env: `dmc.load_suite(..., scenery)`, its actions repeated as the expert's were.
         """
@@ -324,14 +327,21 @@ class Imitation(dmc.Wrapper):
             own = int(rng.integers(len(contexts)))
             return Start(demo['episode_seed'], np.asarray(demo['contexts'][own]),
                          [c for c in contexts if c != own], clips.frames(i)[own])
-        context = Scenery(clips.meta['scenery']).sample(rng, clips.meta['contexts'])
+        context = self._scenery.sample(rng, clips.meta['contexts'])
         return Start(demo['start_seed'], context, list(contexts), None)
+
+    @functools.cached_property
+    def _scenery(self) -> Scenery:
+        return Scenery(self._demos.clips.meta['scenery'])
 
     def _random_return(self, episode_seed: int) -> float:
         rng, total = np.random.default_rng(episode_seed), 0.0
         self._env.reset(episode_seed=episode_seed)
         for _ in range(self._horizon):
-            total += self._env.step(rng.uniform(-1, 1, self.action_spec().shape)).reward
+            time_step = self._env.step(rng.uniform(-1, 1, self.action_spec().shape))
+            total += time_step.reward
+            if time_step.last():
+                break
         return total
 
     def step(self, action):
@@ -495,18 +505,21 @@ class ACAgent(DrQV2Agent):
                  discount: float = 0.98, lr: float = 1e-4, hidden_dim: int = 512,
                  demos: torch.Tensor | None = None, play: Play | None = None,
                  dynamics: Dynamics | None = None, **drqv2_args):
-        """
+        """Make the agent; it learns only where it is given demonstrations and play.
+
         Args:
           obs_shape: (n,), of the flat observation.
           feature_dim_of_frame, num_frames, lookahead, num_actions: see `Layout`.
           reward_scale, time_power, w_feature: see `Reward`.
-          w_critic, w_clone, w_imagine: of the critic's value, of cloning and of the imagined reward
-            in the actor's loss; 0: without. w_imagine takes w_clone, num_frames of at least
-            `Dynamics.HISTORY`, and 1 as the first of `lookahead`; its reward has no images.
+          w_critic, w_clone, w_imagine: weights of the critic's value, of cloning and of imagined
+            reward in the actor's loss; 0 leaves the term out. w_imagine takes w_clone, num_frames
+            of at least `Dynamics.HISTORY`, and 1 as the first of `lookahead`; its reward has no
+            images.
           max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly.
             The agent is seldom exactly on time. In imagination it is late by 0 to so many steps.
-          num_pretrain_updates: updates on play alone, before the first of the others: cloning and
-            imagination, and with a discriminator all parts.
+          num_pretrain_updates: updates before the first ordinary one, from play and demonstrations
+            only. They train inverse model, dynamics and actor; with a discriminator also it and
+            the critic.
           relabel: the share of transitions that get targets of others.
           hindsight: the share whose targets are what the agent achieved. Both take 1 as the first
             of `lookahead`, and 1-step returns.
@@ -529,7 +542,7 @@ class ACAgent(DrQV2Agent):
         # without targets it does not learn from the loop's reward
         self.pursues_reward = bool(lookahead)
         if self.discriminates:
-            # Half of the critic's steps are play's, or more. With layer normalisation it does not
+            # At least half of the critic's batch is play. With layer normalisation it does not
             # overestimate actions absent from play (Ball et al. 2023).
             self.mlp = normed_mlp
         super().__init__(obs_shape, action_dim, lr=lr, hidden_dim=hidden_dim, **drqv2_args)
@@ -588,7 +601,7 @@ class ACAgent(DrQV2Agent):
             metrics |= self.update_discriminator(replay_buffer, batch_size)
         if with_critic:
             return metrics | super().update(replay_buffer, batch_size, step)
-        return metrics | self.update_clone(batch_size)
+        return metrics | self.update_without_critic(batch_size)
 
     # ------------------------------------------------------------- inverse model and cloning
 
@@ -675,16 +688,16 @@ class ACAgent(DrQV2Agent):
             self._update_mean(self.policy, self.actor, self.actor_opt)
         return metrics
 
-    def follow_loss(self, batch_size: int) -> torch.Tensor:
+    def loss_without_critic(self, batch_size: int) -> torch.Tensor:
         """Return the actor's loss without a critic, 0-d: of cloning and of imagination."""
         loss = self._w_clone * self.clone_loss(batch_size)
         if self._w_imagine:
             loss = loss - self._w_imagine * self.imagined_reward(self._replay_buffer)
         return loss
 
-    def update_clone(self, batch_size: int) -> dict[str, torch.Tensor]:
+    def update_without_critic(self, batch_size: int) -> dict[str, torch.Tensor]:
         """Update the actor once, without a critic."""
-        return self.step_actor(self.follow_loss(batch_size))
+        return self.step_actor(self.loss_without_critic(batch_size))
 
     # ---------------------------------------------------------------------------- imagination
 
@@ -820,13 +833,19 @@ class ACAgent(DrQV2Agent):
         # Values in units of their size, so that neither term drowns the other (Fujimoto and Gu
         # 2021, TD3+BC).
         value = q.mean() / q.abs().mean().detach().clamp(min=1e-3)
-        return self.follow_loss(len(features)) - self._w_critic * value
+        return self.loss_without_critic(len(features)) - self._w_critic * value
 
 
 def action_loss(predicted: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     """Return the Huber loss, 0-d: absolute error, squared below 0.1. Experts often act at the
     bounds, and a squared error would blur where they switch."""
     return F.smooth_l1_loss(predicted, action, beta=0.1)
+
+
+def complete(made: dict):
+    """Add to an imitator's snapshot what an older one does not say."""
+    made['made_by'].setdefault('timing', 'clock')
+    made['agent_args'].setdefault('w_imagine', 0.0)
 
 
 def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, task_name: str,
@@ -844,11 +863,11 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
     retrain = f'python train_ac.py task={task_name}'
     made = utils.load_snapshot(path, 'imitator', task_name, remedy=retrain)
     with utils.must_fit(path, retrain):
+        complete(made)
         args, made_by = made['agent_args'], made['made_by']
         agent = utils.rebuild(ACAgent, args, made['agent'])
-        recipe, repeat, translator_sha256, scale, w_img = (made_by[key] for key in (
-            'recipe', 'action_repeat', 'translator_sha256', 'scale', 'w_img'))
-        timing = made_by.get('timing', 'clock')  # older runs do not say it
+        recipe, repeat, translator_sha256, scale, w_img, timing = (made_by[key] for key in (
+            'recipe', 'action_repeat', 'translator_sha256', 'scale', 'w_img', 'timing'))
         layout = [args[key] for key in ('num_frames', 'lookahead', 'num_actions')]
         reward = Reward(args['reward_scale'], args['time_power'], args['w_feature'])
     if 'oracle' in made_by:  # see benchmarks/oracles.py

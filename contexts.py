@@ -88,7 +88,8 @@ class Scenery:
             raise UserError('every factor of scenery is off: set scenery.body.enabled=true.')
 
     def sample(self, rng: np.random.Generator, kind: Kind) -> np.ndarray:
-        """Return a context (DIM,), uniform among those of a kind; always as many draws.
+        """Return a context (DIM,), uniform among those of a kind. Takes the same number of random
+        draws, whichever factors are on.
 
         The key of every enabled factor is quantised to 8 cells; a context is held out where the sum
         of its cells is a multiple of 4. So no context is of both kinds, a quarter is held out, and
@@ -124,7 +125,7 @@ class Distractor(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a context means for a model; empty or None where the factor is off."""
+    """The meaning of a context for a model; empty or None where the factor is off."""
     paint: list[np.ndarray]  # for each of Stage.parts: (rows, 3)
     textures: dict[int, np.ndarray]  # texture id -> uint8 (height, width, 3)
     light: tuple[np.ndarray, np.ndarray] | None  # factor of the colour (3,), rotation (3, 3)
@@ -133,12 +134,12 @@ class Look(NamedTuple):
 
 
 class Stage:
-    """What `look` needs to know of a model, measured once: its parts to paint, and its camera.
+    """The measures of a model that `look` needs: its parts to paint, and its camera.
 
     Attributes:
       parts: for geoms, sites and skins: the model's own array of colours (n, 4), the rows to paint,
         and the colour group of each row.
-      textures: 'floor' and 'sky' -> texture ids; empty where the factor is off.
+      textures: 'floor' and 'sky' -> texture ids, see `room_for`; empty where the factor is off.
       eye, axes: the camera's position (3,) and axes (3, 3), columns right, up, back, in the model's
         initial pose, so that a picture depends on state and context alone.
       half_view: tangent of half the field of view.
@@ -170,8 +171,9 @@ class Stage:
             rows = np.flatnonzero(np.isin(groups, on))
             self.parts.append((colours, rows, groups[rows]))
         skies = np.flatnonzero(model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX).tolist()
-        self.textures = {'floor': sorted(floors) if 'floor' in factors else [],
-                          'sky': skies if 'sky' in factors else []}
+        self.textures = {
+            'floor': room_for(model, floors, FLOOR_SIZE ** 2) if 'floor' in factors else [],
+            'sky': room_for(model, skies, 6 * SKY_SIZE ** 2) if 'sky' in factors else []}
 
     def _measure_view(self, model: mujoco.MjModel, camera_id: int):
         data = mujoco.MjData(model)
@@ -197,6 +199,12 @@ class Stage:
         """
         ray = self.axes @ [*(self.half_view * spot), -1]
         return ray, (self.floor - self.eye[2]) / ray[2] if ray[2] < 0 else np.inf
+
+
+def room_for(model: mujoco.MjModel, textures: Iterable[int], num_pixels: int) -> list[int]:
+    """Return the ids of those RGB textures that hold so many pixels; others keep their looks."""
+    return [i for i in sorted(textures) if model.tex_nchannel[i] == 3
+            and model.tex_height[i] * model.tex_width[i] >= num_pixels]
 
 
 def look(context: np.ndarray, scenery: Scenery, stage: Stage) -> Look:
@@ -353,10 +361,11 @@ class Painter:
 
     def arrange(self, context: np.ndarray | None, scene: mujoco.MjvScene,
                 update: Callable[[], None]):
-        """Bring a scene up to date in a context.
+        """Update a scene in a context: paint the model while `update` runs, then add distractors,
+        light and camera.
 
         Args:
-          update: calls mujoco.mjv_updateScene for the scene; meanwhile the model is painted.
+          update: calls mujoco.mjv_updateScene for the scene.
         """
         with self.painted(context):
             update()
@@ -408,7 +417,7 @@ class Painter:
             position = shape.position + ahead - round(offset / shape.period) * shape.period * aside
             geom = scene.geoms[scene.ngeom]
             mujoco.mjv_initGeom(geom, shape.shape, shape.size, position, shape.frame, shape.rgba)
-            geom.category = mujoco.mjtCatBit.mjCAT_STATIC  # decor would cast no shadow
+            geom.category = mujoco.mjtCatBit.mjCAT_STATIC  # geoms of category decor cast no shadow
             scene.ngeom += 1
         if look.light is not None:
             colour, turn = look.light

@@ -43,7 +43,7 @@ def leaky(x: torch.Tensor) -> torch.Tensor:
 
 
 def initialise(module: nn.Module):
-    """He et al. 2015: activations keep their scale through all layers.
+    """Initialise a layer by He et al. 2015: activations keep their scale through all layers.
 
     With PyTorch's default, features start at a variance of 1e-4 and had learnt nothing after 900
     steps: all outputs were alike.
@@ -360,13 +360,14 @@ class ContextTranslator(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def only_answer(self, device: torch.device, dtype: torch.dtype) -> 'ContextTranslator':
-        """For use after training: multiply in `dtype`, but for the code, which stays in float32."""
+        """Prepare for use after training: multiply in `dtype`, but for the code, which stays in
+        float32."""
         for part in (self.enc1, self.enc2, self.dec, self.translator):
             part.to(dtype)
         return self.to(device).eval().requires_grad_(False)
 
     def image_parameters(self) -> list[nn.Parameter]:
-        """Those of the paper's four networks, without the code's."""
+        """Return the parameters of the paper's four networks, without the code's."""
         return [parameter for part in (self.enc1, self.enc2, self.dec, self.translator)
                 for parameter in part.parameters()]
 

@@ -123,21 +123,21 @@ class Camera:
 
     Raises: UserError where no OpenGL works.
     """
-    _gl = None
+    gl = None
 
     def __init__(self, physics, im_size: int, camera_id: int, painter=None,
                  facets: tuple[int, int] = FACETS):
         self._physics, self._painter = physics, painter
         self._model = model = physics.model.ptr
-        if Camera._gl is None:
+        if Camera.gl is None:
             try:
                 # By name: mujoco.GLContext is what MUJOCO_GL was when mujoco was first imported.
                 backend = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
-                Camera._gl = backend.GLContext(im_size, im_size)
+                Camera.gl = backend.GLContext(im_size, im_size)
             except Exception as error:  # each backend raises its own
                 raise UserError(GL_ADVICE) from error
-            atexit.register(Camera._gl.free)
-        Camera._gl.make_current()
+            atexit.register(Camera.gl.free)
+        Camera.gl.make_current()
         model.vis.quality.shadowsize = SHADOW_SIZE
         model.vis.quality.numslices, model.vis.quality.numstacks = facets
         model.vis.global_.offwidth = model.vis.global_.offheight = im_size
@@ -152,7 +152,7 @@ class Camera:
 
     def render(self, context: np.ndarray | None = None) -> np.ndarray:
         """Return the physics as it is now, in `context`: uint8 (im_size, im_size, 3)."""
-        Camera._gl.make_current()
+        Camera.gl.make_current()
         if not np.array_equal(context, self._uploaded):
             self._painter.upload(context, self._gpu)
             self._uploaded = context.copy() if context is not None else None
@@ -176,6 +176,9 @@ class Wrapper(dm_env.Environment):
 
     def __init__(self, env: dm_env.Environment):
         self._env = env
+
+    def close(self):  # dm_env's own would hide it
+        self._env.close()
 
     def __getattr__(self, name):
         if name == '_env':  # not there yet while unpickling or before __init__
@@ -362,6 +365,6 @@ def make(task_name: str, obs: str = 'pixels', action_repeat: int = 2, frame_stac
       scenery: for an environment that can be filmed in visual contexts.
     """
     if obs not in ('pixels', 'states'):  # a snapshot may say anything
-        raise UserError(f'obs={obs} is neither pixels nor states.')
+        raise UserError(f'obs={obs} is neither pixels nor states: set obs=pixels.')
     env = ActionRepeat(load_suite(task_name, scenery, seed), action_repeat)
     return Pixels(env, im_size, frame_stack) if obs == 'pixels' else States(env)

@@ -32,6 +32,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,20 +41,19 @@ from omegaconf import OmegaConf
 import dmc  # first: it chooses the OpenGL backend before anything imports mujoco
 
 # isort: split
-import contexts
 import utils
 import video
 from ac_agent import load_imitator, load_translator
+from contexts import Kind, Scenery
 from ct_model import ContextTranslator, StillEncoder
 from drqv2 import DrQV2Agent
 from logger import Progress
 from utils import UserError
 
 
-@dataclass(frozen=True)
-class Split:
-    contexts: str  # 'seen' or 'held_out': what it is filmed in
-    actor: str     # 'expert' or 'play'
+class Split(NamedTuple):
+    kind: Kind  # of the contexts that it is filmed in
+    actor: str  # 'expert' or 'play'
 
 
 SPLITS = {'train': Split('seen', 'expert'), 'valid': Split('held_out', 'expert'),
@@ -64,7 +64,7 @@ NUM_PREVIEWS = 3  # episodes of each split
 def check_settings(cfg):
     """Refuse settings with which nothing can be filmed (UserError)."""
     utils.check_settings(cfg, 'generate_expert_video')
-    contexts.Scenery(cfg.scenery)
+    Scenery(cfg.scenery)
     if cfg.action_repeat and not cfg.from_mp4:
         raise UserError(f'action_repeat={cfg.action_repeat} goes with from_mp4; an expert has its '
                         'own: leave it out.')
@@ -142,10 +142,10 @@ def find_mp4s(cfg) -> dict[str, list[list[Path]]]:
 
 
 def draw_episode(seed: int, split: str, i: int, num_contexts: int,
-                 scenery: contexts.Scenery) -> tuple[int, np.ndarray]:
+                 scenery: Scenery) -> tuple[int, np.ndarray]:
     """Return episode i's seed, even where contexts are seen and odd where they are held out, and
     its contexts (num_contexts, DIM)."""
-    number, kind = list(SPLITS).index(split), SPLITS[split].contexts
+    number, kind = list(SPLITS).index(split), SPLITS[split].kind
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, i)))
     episode_seed = 2 * int(rng.integers(2**31)) + (kind == 'held_out')
     return episode_seed, np.stack([scenery.sample(rng, kind) for _ in range(num_contexts)])
@@ -189,7 +189,7 @@ class NoisyPlay:
             np.float32)
 
 
-def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: Sequence
+def film(env, agent, cameras: list, episode_len: int, episode_seed: int, contexts: Sequence
          ) -> tuple[np.ndarray, dict[str, list]]:
     """Film one episode from its start, with a camera for each context.
 
@@ -197,7 +197,7 @@ def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: 
       agent: an expert, which acts without noise, `RandomPlay` or `NoisyPlay`.
       cameras: one for each context, so that its textures are uploaded once an episode;
         `render(context)` -> uint8 (H, W, 3).
-      looks: the cameras' contexts, float64 (DIM,) each.
+      contexts: the cameras', float64 (DIM,) each.
 
     Returns: frames uint8 (C, episode_len + 1, H, W, 3), and what happened, in plain numbers:
       'rewards' and 'actions' of each step, 'qpos' of each frame.
@@ -207,7 +207,8 @@ def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: 
     frames, rewards, actions, qpos = [], [], [], []
     time_step = env.reset(episode_seed=episode_seed)
     while True:
-        frames.append([camera.render(look) for camera, look in zip(cameras, looks, strict=True)])
+        frames.append([camera.render(context)
+                       for camera, context in zip(cameras, contexts, strict=True)])
         qpos.append(env.qpos().tolist())
         if len(rewards) == episode_len:
             return np.stack(frames, axis=1), dict(rewards=rewards, actions=actions, qpos=qpos)
@@ -220,11 +221,11 @@ def film(env, agent, cameras: list, episode_len: int, episode_seed: int, looks: 
         rewards.append(float(time_step.reward))
 
 
-def load_player(cfg, contexts: str) -> tuple:
-    """Return the environment of `cfg.player`, with the demonstrations filmed in 'seen' or
-    'held_out' contexts, and this imitator; refuse one that cannot act (UserError)."""
+def load_player(cfg, kind: Kind) -> tuple:
+    """Return the environment of `cfg.player`, with the demonstrations filmed in contexts of a kind,
+    and this imitator; refuse one that cannot act (UserError)."""
     demos = next(name for name, split in SPLITS.items()
-                 if split == Split(contexts, 'expert'))
+                 if split == Split(kind, 'expert'))
     return load_imitator(cfg.player, cfg.translator, Path(cfg.out_dir) / demos, cfg.task_name)
 
 
@@ -239,7 +240,7 @@ class Studio:
     def __init__(self, cfg):
         self.cfg = cfg
         self.agent, env_args = recording(cfg)
-        self.scenery = contexts.Scenery(cfg.scenery)
+        self.scenery = Scenery(cfg.scenery)
         self.env = dmc.make(cfg.task_name, scenery=self.scenery, **env_args)
         self.fps = frame_rate(self.env, env_args)
         self.mp4s = find_mp4s(cfg) if cfg.from_mp4 else {}
@@ -250,29 +251,29 @@ class Studio:
         return [env.camera(self.cfg.im_size) for _ in range(self.cfg.num_contexts)]
 
     @functools.cache  # noqa: B019
-    def player(self, contexts: str):
+    def player(self, kind: Kind):
         """Return the imitator's environment, with demonstrations in such contexts; the imitator;
         and its snapshot's sha256."""
-        return *load_player(self.cfg, contexts), utils.sha256(self.cfg.player)
+        return *load_player(self.cfg, kind), utils.sha256(self.cfg.player)
 
     def make(self, split: str, i: int, start: dict | None = None):
         """Write episode i; of one's own videos, with what is known of its start."""
-        cfg, root, kind = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
+        cfg, root, (kind, actor) = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
         if split in self.mp4s:
             self.take_over(root, i, self.mp4s[split][i], start)
             return
-        episode_seed, looks = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
+        episode_seed, contexts = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
         env, agent = self.env, self.agent
-        if kind.actor == 'play' and cfg.player:
-            env, imitator, player_sha256 = self.player(kind.contexts)
+        if actor == 'play' and cfg.player:
+            env, imitator, player_sha256 = self.player(kind)
             agent = NoisyPlay(imitator, episode_seed)
-        elif kind.actor == 'play':
+        elif actor == 'play':
             agent = RandomPlay(episode_seed, env.action_spec().shape)
         frames, happened = film(env, agent, self.cameras(env), cfg.episode_len, episode_seed,
-                                list(looks))
+                                list(contexts))
         self.preview(root, i, frames,
-                     [f'{kind.contexts} context {c}' for c in range(len(frames))])
-        if kind.actor == 'expert':  # its actions are never stored
+                     [f'{kind} context {c}' for c in range(len(frames))])
+        if actor == 'expert':  # its actions are never stored
             kept = {'expert_return': sum(happened['rewards']), 'rewards': happened['rewards']}
         else:  # no task reward
             kept = {'actions': happened['actions']}
@@ -281,7 +282,7 @@ class Studio:
                 kept['player_sha256'] = player_sha256
         video.write_episode(root, i, frames, {
             'episode_seed': episode_seed, **kept, 'qpos': happened['qpos'],
-            'contexts': looks.tolist()})
+            'contexts': contexts.tolist()})
 
     def load(self, files: list[Path], num_frames: int) -> tuple[np.ndarray, list[float]]:
         """Return the first frames of an episode's files, uint8 (C, num_frames, H, W, 3), and the
@@ -302,19 +303,19 @@ class Studio:
         """Return the seeds of `num` resets, and two images of each, in two seen contexts: of the
         start, and after 0 to 30 random actions; uint8 (num, 2, H, W, 3)."""
         rng = np.random.default_rng((self.cfg.seed, part))
-        seeds, looks, images = rng.integers(2 ** 31, size=num).tolist(), [None, None], []
-        cameras = [self.env.camera(self.cfg.im_size) for _ in looks]
+        seeds, contexts, images = rng.integers(2 ** 31, size=num).tolist(), [None, None], []
+        cameras = [self.env.camera(self.cfg.im_size) for _ in contexts]
         for n, seed in enumerate(seeds):
             for k, every in enumerate((5, 7)):  # a new context's textures take time to upload
                 if n % every == 0:
-                    looks[k] = self.scenery.sample(rng, 'seen')
+                    contexts[k] = self.scenery.sample(rng, 'seen')
             player = RandomPlay(seed, self.env.action_spec().shape)
             time_step = self.env.reset(episode_seed=seed)
-            start = cameras[0].render(looks[0])
+            start = cameras[0].render(contexts[0])
             for _ in range(rng.integers(31)):
                 if not time_step.last():
                     time_step = self.env.step(player.act(None, 0, eval_mode=True))
-            images.append([start, cameras[1].render(looks[1])])
+            images.append([start, cameras[1].render(contexts[1])])
         return seeds, np.array(images)
 
     def preview(self, root: Path, i: int, frames: np.ndarray, labels: list[str]):
@@ -345,7 +346,7 @@ def show_resets(part: int, num: int) -> tuple[list[int], np.ndarray]:
 def describe(cfg, split: str, env_args: dict, joints: list[str]) -> dict:
     """Return all that the episodes of a split depend on, but for their number and `player`."""
     return {'format': utils.FORMAT, 'task': cfg.task_name, 'split': split,
-            'contexts': SPLITS[split].contexts, 'actor': SPLITS[split].actor, 'joints': joints,
+            'contexts': SPLITS[split].kind, 'actor': SPLITS[split].actor, 'joints': joints,
             'im_size': cfg.im_size, 'episode_len': cfg.episode_len,
             'num_contexts': cfg.num_contexts, 'action_repeat': env_args['action_repeat'],
             'seed': cfg.seed, 'scenery': OmegaConf.to_container(cfg.scenery, resolve=True),
@@ -388,10 +389,10 @@ def generate(cfg):
     _, env_args = recording(cfg)
     mp4s = find_mp4s(cfg) if cfg.from_mp4 else {}
     # What would fail in every worker fails here: a wrong scenery, or episodes that are too short.
-    env = dmc.make(cfg.task_name, scenery=contexts.Scenery(cfg.scenery),
+    env = dmc.make(cfg.task_name, scenery=Scenery(cfg.scenery),
                    **{**env_args, 'obs': 'states'})
     still = SimpleNamespace(act=lambda *_, **__: np.zeros(env.action_spec().shape))
-    film(env, still, [], cfg.episode_len, episode_seed=0, looks=[])
+    film(env, still, [], cfg.episode_len, episode_seed=0, contexts=[])
     env.camera(16)  # and so does an OpenGL that does not work
     with utils.only_one_at_work(Path(cfg.out_dir), 'out_dir'):
         orders = []
@@ -418,8 +419,7 @@ def check_player(cfg, orders: list[Order]):
     """Refuse a player (UserError) that cannot act, or that has no demonstrations or no play to
     film."""
     for order in orders:
-        kind = SPLITS[order.name]
-        if kind.actor == 'expert' and not video.is_whole(order.root):
+        if SPLITS[order.name].actor == 'expert' and order.num_missing:
             raise UserError(f'{order.root} lacks episodes, and player={cfg.player} needs '
                             'demonstrations that are complete: run this command without player '
                             'first, with num_play set to the number of random episodes.')
@@ -428,7 +428,7 @@ def check_player(cfg, orders: list[Order]):
         raise UserError(f'{cfg.out_dir} has all the play that was ordered, so that '
                         f'player={cfg.player} has nothing to do: set num_play higher.')
     for order in play:
-        load_player(cfg, SPLITS[order.name].contexts)
+        load_player(cfg, SPLITS[order.name].kind)
 
 
 def fill(cfg, orders: list[Order], model: ContextTranslator | None):
@@ -581,7 +581,7 @@ def next_command(cfg) -> str:
 @utils.main('generate_expert_video', dmc.task_names(), check_settings)
 def main(cfg):
     generate(cfg)
-    for split, kind in SPLITS.items():
+    for split, (kind, actor) in SPLITS.items():
         if not cfg[f'num_{split}']:
             continue
         clips = video.Clips(Path(cfg.out_dir) / split)
@@ -591,9 +591,9 @@ def main(cfg):
                   f'{clips.meta["num_contexts"]}, frames a second: {min(rates):.4g} to '
                   f'{max(rates):.4g}')
             continue
-        line = (f'{clips.root}: {len(clips)} episodes of {kind.actor}, each in {cfg.num_contexts} '
-                f'{kind.contexts} contexts')
-        if kind.actor == 'expert':
+        line = (f'{clips.root}: {len(clips)} episodes of {actor}, each in {cfg.num_contexts} '
+                f'{kind} contexts')
+        if actor == 'expert':
             returns = [clips.episode(i)['expert_return'] for i in range(len(clips))]
             line += f'; return {np.mean(returns):.4g} +- {np.std(returns):.2g}'
         print(line)

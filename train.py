@@ -122,7 +122,7 @@ class Workspace:
 
     def train(self):
         """Run to the end, or on Ctrl-C and SIGTERM to the end of the current step, with a snapshot.
-        The first update, in which an agent may be pretrained, is broken off without one.
+        A signal during the first update, which may pretrain, ends it at once and without one.
 
         Raises: utils.Interrupted where it did not come to the end.
         """

@@ -46,7 +46,7 @@ class PairSampler:
 
     def __init__(self, clips: video.Clips, pairs: str, frames_per_clip: int,
                  augment_mirror: bool, augment_colours: bool, seed: int):
-        """Refuse a dataset that cannot give such pairs (UserError)."""
+        """Check that the dataset can give pairs of the kind `pairs`; else raise UserError."""
         num_contexts, num_frames = clips.meta['num_contexts'], clips.meta['episode_len'] + 1
         film = f"python generate_expert_video.py task={clips.meta['task']} "
         more_contexts, more = film + 'num_contexts=4', film + f"num_{clips.meta['split']}=100"
@@ -434,7 +434,9 @@ def open_splits(cfg) -> dict[str, video.Clips]:
     """
     root, splits = Path(cfg.data_dir), ['train', 'valid']
     if cfg.play_share or cfg.model.code_dim:
-        splits += ['play', 'play_valid']
+        splits.append('play')
+    if cfg.model.code_dim:
+        splits.append('play_valid')
     clips = {}
     for name in splits:
         clips[name] = video.Clips(root / name, cfg.task_name,

@@ -453,8 +453,8 @@ def _end_at_once(numbers: Iterable[int]):
 
 @contextlib.contextmanager
 def raise_interrupts():
-    """Within the block the STOP_SIGNALS raise `Interrupted`, so that nothing half done is left; not
-    those that are ignored, or that a cluster's launcher already answers."""
+    """Make STOP_SIGNALS raise `Interrupted` within the block, so that nothing half done is left.
+    Those that are ignored, or that a cluster's launcher already answers, are left alone."""
     before, in_main = {}, threading.current_thread() is threading.main_thread()
     for number in STOP_SIGNALS if in_main else ():
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -494,8 +494,8 @@ class Stop:
 
     @contextlib.contextmanager
     def at_once(self):
-        """Within the block signals are not held back: for long work of which nothing half done is
-        kept. `asked` stays None then.
+        """Let signals end the block at once: for long work of which nothing half done is kept.
+        `asked` stays None then.
 
         Raises: Interrupted where one was held back before.
         """
@@ -608,7 +608,8 @@ def schedule(spec: str | float, step: int) -> float:
             raise ValueError
     except (TypeError, ValueError):
         raise UserError(f"schedule '{spec}' is neither a number nor 'linear(start,end,duration)', "
-                        'of numbers and with a duration above 0.') from None
+                        'of numbers and with a duration above 0: set it to 0.1, or to '
+                        "'linear(1.0,0.1,10000)'.") from None
     mix = min(max(step / duration, 0.0), 1.0)
     return (1.0 - mix) * start + mix * end
 
@@ -803,12 +804,13 @@ def require_same_pictures(source: str | Path, there: dict, quality: list | None,
 # A snapshot is a dict of tensors and plain values:
 #   every kind          format, kind, task, versions, command, machine, see `save_snapshot`;
 #                       made_by: settings and inputs, which a resumed run must share
-#   expert, imitator    agent_args, agent: to make the agent again (train.Workspace);
-#                       to resume: replay_buffer, global_step, global_episode, evaluations, elapsed,
-#                       rng
-#   translator          model_args, model, scores (train_ct.py);
-#                       to resume: optimizers, samplers, step, best, elapsed, rng
-# `slim` leaves out what is there to resume.
+#   expert, imitator    agent_args, agent: to make the agent again (train.Workspace); global_step,
+#                       elapsed; to resume: replay_buffer, global_episode, evaluations, rng
+#   translator          model_args, model, scores, elapsed (train_ct.py);
+#                       to resume: optimizers, samplers, step, best, rng
+# `slim` keeps these:
+SLIM = ('format', 'kind', 'task', 'versions', 'command', 'machine', 'made_by', 'agent_args',
+        'model_args', 'scores', 'global_step', 'elapsed')
 
 FORMAT = 1  # of snapshots and datasets; raised when an older reader would misread them
 
@@ -969,9 +971,7 @@ def slim(source: str | Path, target: str | Path):
     `ct/<task>.pt`: python utils.py slim IN OUT
     """
     payload = load_snapshot(source, None, remedy='choose another')
-    keep = ('format', 'kind', 'task', 'versions', 'command', 'machine', 'made_by', 'agent_args',
-            'model_args', 'scores', 'global_step', 'elapsed')
-    slimmed = {key: payload[key] for key in keep if key in payload}
+    slimmed = {key: payload[key] for key in SLIM if key in payload}
 
     def halved(weights: dict) -> dict:
         return {key: value.half() if value.numel() >= 2 ** 12 else value

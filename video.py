@@ -3,13 +3,15 @@
 A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder for each split:
 
     videos/<task>/{train,valid,play,play_valid}/
-        meta.json           what made every episode in here: task, sizes, seed, expert, versions
+        meta.json           what made every episode in here: task, sizes, seed, expert, versions;
+                            `contexts` is their kind, 'seen' or 'held_out'
         episode_00012.npy   uint8 (num_contexts, episode_len + 1, H, W, 3): one episode filmed in
                             every context; frame t is what is seen before action t
-        episode_00012.json  episode_seed, contexts, qpos (the pose in each frame, for evaluation
-                            only); an expert's has rewards and expert_return, play's has
-                            actions; frames_crc32, the checksum of the .npy. One's own videos
-                            have only `files`, their names, `fps`, their rates, and
+        episode_00012.json  episode_seed, contexts (a vector each, see contexts.py), qpos (the
+                            pose in each frame, for evaluation only); an expert's has rewards
+                            and expert_return, play's has actions and, where an imitator played,
+                            player_sha256; frames_crc32, the checksum of the .npy. One's own
+                            videos have only `files`, their names, `fps`, their rates,
                             `start_seed`, of the reset that looks most like their first frame,
                             and `translator_sha256`, of the translator that compared them
         preview_00000.mp4   the first episodes, all contexts side by side: to look at
@@ -135,7 +137,7 @@ def psnr(error: float) -> float:
 
 
 def _caption(label: str, width: int) -> np.ndarray:
-    """White on black, uint8 (CAPTION, width, 3)."""
+    """Return a caption in white on black, uint8 (CAPTION, width, 3)."""
     strip = np.zeros((CAPTION, width, 3), np.uint8)
     font, size, margin = cv2.FONT_HERSHEY_SIMPLEX, 0.5, 4
     text_width = cv2.getTextSize(label, font, size, 1)[0][0]
@@ -264,12 +266,12 @@ class Clips:
             raise UserError(f"{self.root} holds videos of format {meta.get('format')}, not "
                             f'{utils.FORMAT}: remove it and {command}.')
         if task is not None and meta['task'] != task:
-            raise UserError(f"{self.root} holds videos of {meta['task']}, not {task}: {command}.")
+            raise UserError(f"{self.root} holds videos of {meta['task']}, not {task}: {command} "
+                            'out_dir=<another folder>.')
         command = f"python generate_expert_video.py task={meta['task']}"
         if im_size is not None and meta['im_size'] != im_size:
             raise UserError(f"{self.root} holds images of {meta['im_size']} pixels, not {im_size}: "
-                            f"set im_size={meta['im_size']}, or remove the folder and {command} "
-                            f'im_size={im_size}.')
+                            f'{command} im_size={im_size} out_dir=<another folder>.')
         if quality is not None:
             utils.require_same_pictures(self.root, meta['versions'], meta['quality'], quality,
                                         f'remove it, and {command}')
@@ -322,7 +324,7 @@ class Clips:
 
     @property
     def min_contexts(self) -> int:
-        """How many contexts imitation takes at least: the agent needs one that is not demonstrated,
+        """The least number of contexts for imitation: the agent needs one that is not demonstrated,
         which is drawn anew beside videos of one's own."""
         return 1 if self.imported else 2
 

@@ -118,6 +118,11 @@ def agent_of(work_dir: Path, kind: str) -> dict:
     return utils.load_snapshot(work_dir / 'snapshot.pt', kind)['agent']
 
 
+def learned_alike(one: Path, other: Path, kind: str) -> bool:
+    """Whether the agents of two runs are in the same state, to the bit."""
+    return not differences(agent_of(one, kind), agent_of(other, kind))
+
+
 def leaves(tree, path: tuple = ()) -> dict:
     """Return the tensors and plain values of nested dicts and lists by their paths."""
     if not isinstance(tree, (dict, list, tuple)) or not tree:
@@ -179,10 +184,10 @@ def write_split(root: Path, episodes, **meta) -> Path:
         video.write_episode(root, i, frames, known)
     num_contexts, num_frames, im_size = frames.shape[:3]
     video.write_json(root / 'meta.json', {
-        'format': utils.FORMAT, 'task': 'reacher_hard', 'split': root.name, 'im_size': im_size,
-        'episode_len': num_frames - 1, 'num_contexts': num_contexts, 'num_episodes': i + 1,
-        'expert_sha256': 'none', 'quality': dmc.CONTEXT_QUALITY, 'versions': utils.versions(),
-        **meta})
+        'format': utils.FORMAT, 'task': 'reacher_hard', 'split': root.name, 'seed': 1,
+        'im_size': im_size, 'episode_len': num_frames - 1, 'num_contexts': num_contexts,
+        'num_episodes': i + 1, 'expert_sha256': 'none', 'quality': dmc.CONTEXT_QUALITY,
+        'versions': utils.versions(), **meta})
     return root
 
 

@@ -287,8 +287,9 @@ def test_horizon_ends_the_sum_and_the_clock_is_observed():
     assert env.step(np.zeros(2)).first()
 
 
-def test_an_episode_that_ends_early_ends_here_as_well():
-    env, _ = make_imitation(length=4, env=FakeEnv(length=2))
+@pytest.mark.parametrize('evaluate', [False, True])  # a random policy plays it as well
+def test_an_episode_that_ends_early_ends_here_as_well(evaluate):
+    env, _ = make_imitation(length=4, env=FakeEnv(length=2), evaluate=evaluate)
     env.reset(episode_seed=0)
     assert not env.step(np.zeros(2)).last()
     assert env.step(np.zeros(2)).last() and env.step(np.zeros(2)).first()
@@ -689,7 +690,7 @@ def test_what_follows_without_a_critic_is_cloned_and_imagined(demo_features):
     agent = make_cloner(demo_features, play, LONGER.num_frames, w_clone=0.5, w_imagine=2.0,
                         w_critic=1.0)
     losses = []
-    for loss in (lambda: agent.follow_loss(16),
+    for loss in (lambda: agent.loss_without_critic(16),
                  lambda: 0.5 * agent.clone_loss(16) - 2.0 * agent.imagined_reward(None)):
         torch.manual_seed(0)
         losses.append(float(loss().detach()))
@@ -730,7 +731,7 @@ def test_what_acts_and_what_labels_are_running_means(demo_features):
     means = {}
     for step in range(1, 60):
         agent.update_inverse(None, 16)
-        agent.update_clone(16)
+        agent.update_without_critic(16)
         for mean, net in pairs:
             weights = getattr(agent, net).state_dict()
             rate = max(0.02, 1 / step)
@@ -764,7 +765,7 @@ def test_it_clones_without_targets(demo_features):
     before = float(agent.clone_loss(256).detach())
     for _ in range(200):
         agent.update_inverse(None, 64)
-        agent.update_clone(64)
+        agent.update_without_critic(64)
     assert float(agent.clone_loss(256).detach()) < before
     assert agent.act(np.ones(2 * 2 + 1, np.float32), 0, eval_mode=True).shape == (2,)
 
@@ -944,7 +945,7 @@ def test_an_agent_goes_on_from_its_state(tmp_path, demo_features, lookahead):
 def test_of_a_slim_snapshot_it_can_act(demo_features):
     agent = make_cloner(demo_features, Play(*roll_out(at_random, 5, seed=1)))
     for _ in range(3):
-        agent.update_clone(16)
+        agent.update_without_critic(16)
     state = {name: agent.state_dict()[name] for name in ('encoder', 'policy')}
     alone = make_cloner(None, None)
     for parameter in alone.policy.parameters():

@@ -116,6 +116,20 @@ def test_filming_in_contexts_leaves_the_physics_alone(task):
         assert np.array_equal(filmed.physics.get_state(), plain.physics.get_state())
 
 
+def test_a_texture_without_room_for_ours_stays_as_it_is(uploads):
+    model = mujoco.MjModel.from_xml_string('''<mujoco><asset>
+        <texture name="small" type="2d" builtin="checker" width="32" height="32"/>
+        <texture name="grid" type="2d" builtin="checker" width="64" height="64"/>
+        <texture name="skybox" type="skybox" builtin="flat" width="8" height="8"/>
+        <material name="small" texture="small"/><material name="grid" texture="grid"/>
+        </asset><worldbody><camera name="fixed" pos="0 0 3"/>
+        <geom type="plane" size="1 1 1" material="small"/>
+        <geom type="plane" size="1 1 1" material="grid"/></worldbody></mujoco>''')
+    painter, before = contexts.Painter(model, contexts.Scenery(SCENERY), 0), to_bytes(model)
+    painter.upload(draw(0), None)
+    assert set(uploads) == {'grid'} and np.array_equal(to_bytes(model), before)
+
+
 def test_every_switch_moves_its_own_factor_and_nothing_else(uploads):
     def observe(context) -> dict:
         model = env.physics.model.ptr

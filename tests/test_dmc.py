@@ -132,7 +132,7 @@ def test_names():
 
 
 def test_no_working_gl_is_told_in_a_sentence(monkeypatch):
-    monkeypatch.setattr(dmc.Camera, '_gl', None)
+    monkeypatch.setattr(dmc.Camera, 'gl', None)
     def broken(*size):
         raise RuntimeError('no display')
     monkeypatch.setattr(f"mujoco.{os.environ['MUJOCO_GL']}.GLContext", broken)

@@ -170,6 +170,9 @@ def test_a_player_takes_demonstrations_and_something_to_do(dataset, snapshot, pl
         with pytest.raises(utils.UserError, match=sentence):
             script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', *player))
     assert not any(tmp_path.iterdir())
+    with pytest.raises(utils.UserError, match='train lacks episodes'):  # those ordered now
+        script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=9',
+                               'num_play=3', *player))
 
 
 def test_a_player_goes_with_its_translator_and_action_repeat(dataset, snapshot, player, tmp_path):

@@ -13,6 +13,7 @@ from fakes import (
     agent_of,
     die,
     differences,
+    learned_alike,
     rows,
     start,
     terminate,
@@ -44,10 +45,6 @@ def make(work_dir, pixels=False, length=10, events=(), **changes):
                      utils.load_last(work_dir, 'expert', CFG.task_name))
 
 
-def learned_alike(one, other):
-    return not differences(agent_of(one, 'expert'), agent_of(other, 'expert'))
-
-
 @pytest.mark.parametrize('pixels, changes', [
     (False, {}), (True, {}), (False, {'replay_buffer_size': 60, 'snapshot_every_frames': 100})])
 def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels, changes,
@@ -66,7 +63,7 @@ def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(tmp_path, pixels,
         assert ('goes on from the snapshot before it' in capsys.readouterr().err) == damaged
         assert (tmp_path / run / 'snapshot.damaged.pt').exists() == damaged
         resumed.train()
-        assert learned_alike(tmp_path / 'whole', tmp_path / run)
+        assert learned_alike(tmp_path / 'whole', tmp_path / run, 'expert')
         for name in ('train.csv', 'eval.csv'):
             assert rows(tmp_path / 'whole' / name) == rows(tmp_path / run / name)
 
@@ -82,7 +79,7 @@ def test_the_ring_reaches_back_to_the_last_snapshot_but_one(tmp_path, monkeypatc
     resumed = make(tmp_path / 'killed', length=1, **changes)
     assert resumed.global_step == 100
     resumed.train()
-    assert learned_alike(tmp_path / 'whole', tmp_path / 'killed')
+    assert learned_alike(tmp_path / 'whole', tmp_path / 'killed', 'expert')
 
 
 def test_a_resume_that_is_refused_takes_nothing_away(tmp_path):
@@ -141,7 +138,7 @@ def test_a_first_update_that_is_broken_off_starts_again(tmp_path, overlap):
         workspace.train()
     assert workspace.global_step > 0 and not list((tmp_path / 'broken').glob('*.pt'))
     make(tmp_path / 'broken').train()
-    assert learned_alike(tmp_path / 'whole', tmp_path / 'broken')
+    assert learned_alike(tmp_path / 'whole', tmp_path / 'broken', 'expert')
 
 
 @pytest.mark.parametrize('at, evaluating', [(130, False), (150, True)])
@@ -330,6 +327,6 @@ def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     assert 'eval at frame 0 ' not in resumed.communicate()[0]  # it went on, and began not anew
     assert 'eval at frame 0 ' in whole.communicate()[0]
     assert resumed.returncode == whole.returncode == 0
-    assert learned_alike(tmp_path / 'whole', tmp_path / 'killed')
+    assert learned_alike(tmp_path / 'whole', tmp_path / 'killed', 'expert')
     started = utils.load_snapshot(tmp_path / 'whole/snapshot.pt', 'expert')['command']
     assert started == ' '.join(['train.py', *options])
