@@ -428,7 +428,8 @@ def update(loss: torch.Tensor, module: nn.Module, optimizer, lr: float, max_grad
 
 
 def open_splits(cfg) -> dict[str, video.Clips]:
-    """Return the dataset's splits, those of play where any of it is asked for.
+    """Return the dataset's splits: also `play` where it has a share or a code is learned, and
+    `play_valid` where a code is judged.
 
     Raises: UserError where one is missing, or drawn otherwise than pictures are here.
     """

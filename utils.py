@@ -808,7 +808,7 @@ def require_same_pictures(source: str | Path, there: dict, quality: list | None,
 #                       elapsed; to resume: replay_buffer, global_episode, evaluations, rng
 #   translator          model_args, model, scores, elapsed (train_ct.py);
 #                       to resume: optimizers, samplers, step, best, rng
-# `slim` keeps these:
+# `slim` keeps these, beside the weights that act or answer:
 SLIM = ('format', 'kind', 'task', 'versions', 'command', 'machine', 'made_by', 'agent_args',
         'model_args', 'scores', 'global_step', 'elapsed')
 

@@ -68,11 +68,11 @@ def test_dataset_is_whole(dataset, snapshot):
            for name in (f'episode_{i:05d}.json', f'episode_{i:05d}.npy', f'preview_{i:05d}.mp4')])
     for split, num in NUMS.items():
         clips = video.Clips(dataset / split, task='reacher_easy', im_size=32)
-        look = 'held_out' if split.endswith('valid') else 'seen'
+        kind = 'held_out' if split.endswith('valid') else 'seen'
         actor = 'play' if split.startswith('play') else 'expert'
         assert len(clips) == num
         assert clips.meta['split'] == split and clips.meta['action_repeat'] == 2
-        assert (clips.meta['contexts'], clips.meta['actor']) == (look, actor)
+        assert (clips.meta['contexts'], clips.meta['actor']) == (kind, actor)
         assert clips.meta['joints'] == ['hinge', 'hinge']
         assert clips.meta['expert_sha256'] == utils.sha256(snapshot)
         assert clips.meta['versions'] == utils.versions()
@@ -82,7 +82,7 @@ def test_dataset_is_whole(dataset, snapshot):
             assert (frames[0] != frames[1]).any() and (frames[:, 0] != frames[:, 5]).any()
             assert np.shape(episode['qpos']) == (6, 2)
             for context in episode['contexts']:
-                assert kind_of(contexts.Scenery(clips.meta['scenery']), np.array(context)) == look
+                assert kind_of(contexts.Scenery(clips.meta['scenery']), np.array(context)) == kind
 
 
 def test_demonstrations_keep_no_actions_and_play_keeps_no_rewards(dataset):
@@ -285,17 +285,17 @@ def test_episodes_are_functions_of_seed_split_and_number():
     scenery = contexts.Scenery(config().scenery)
     drawn = {}
     for split in NUMS:
-        look = 'held_out' if split.endswith('valid') else 'seen'
+        kind = 'held_out' if split.endswith('valid') else 'seen'
         for i in range(50):
-            episode_seed, looks = script.draw_episode(1, split, i, 3, scenery)
-            assert looks.shape == (3, contexts.DIM)
-            assert {kind_of(scenery, each) for each in looks} == {look}
-            assert episode_seed % 2 == (look == 'held_out')
+            episode_seed, drawn_for = script.draw_episode(1, split, i, 3, scenery)
+            assert drawn_for.shape == (3, contexts.DIM)
+            assert {kind_of(scenery, context) for context in drawn_for} == {kind}
+            assert episode_seed % 2 == (kind == 'held_out')
             drawn[split, i] = episode_seed
     assert len(set(drawn.values())) == 200 and all(seed < 2**32 for seed in drawn.values())
-    again, looks = script.draw_episode(1, 'train', 7, 3, scenery)
+    again, first = script.draw_episode(1, 'train', 7, 3, scenery)
     assert again == drawn['train', 7]
-    assert np.array_equal(looks[:2], script.draw_episode(1, 'train', 7, 2, scenery)[1])
+    assert np.array_equal(first[:2], script.draw_episode(1, 'train', 7, 2, scenery)[1])
     assert script.draw_episode(2, 'train', 7, 3, scenery)[0] != again
 
 
@@ -338,9 +338,9 @@ class FakeCamera:
     def __init__(self, env):
         self.env, self.seen = env, []
 
-    def render(self, look):
-        self.seen.append(look)
-        return self.env.render(2) + np.uint8(look[0])
+    def render(self, context):
+        self.seen.append(context)
+        return self.env.render(2) + np.uint8(context[0])
 
 
 def test_film_with_one_camera_for_each_context():
@@ -359,7 +359,7 @@ def test_film_with_one_camera_for_each_context():
                         'qpos': np.array(poses).tolist()}
     json.dumps(happened)  # plain numbers
     for camera in cameras:  # the very same object, so that textures are uploaded once
-        assert all(look is camera.seen[0] for look in camera.seen)
+        assert all(context is camera.seen[0] for context in camera.seen)
 
 
 def test_film_of_an_episode_that_ends_too_early():

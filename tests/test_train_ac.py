@@ -460,17 +460,17 @@ def test_an_agent_of_ones_own_videos_starts_anywhere_of_its_kind(imported, tmp_p
     translated = watch(monkeypatch, Demonstrations, 'translate')
     resets = watch(monkeypatch, dmc.SuiteEpisodes, 'reset')
     for env, kind in ((workspace.train_env, 'seen'), (workspace.eval_env, 'held_out')):
-        demos, looks = [], []
+        demos, drawn = [], []
         for seed in (0, 0, 1, 2, 3, 4, 5):
             env.reset(episode_seed=seed)
             _, demo, sources, *_ = translated[-1][0]
             assert sources == [0]
             assert env.start_seed == resets[-1][1]['episode_seed'] == 7 + demo
             demos.append(demo)
-            looks.append(resets[-1][1]['context'])
+            drawn.append(resets[-1][1]['context'])
         assert set(demos) == {0, 1}
-        assert np.array_equal(looks[0], looks[1]) and not np.array_equal(looks[0], looks[2])
-        assert {kind_of(contexts.Scenery(SCENERY), look) for look in looks} == {kind}
+        assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+        assert {kind_of(contexts.Scenery(SCENERY), context) for context in drawn} == {kind}
 
 
 def test_own_videos_whose_starts_were_not_looked_for_are_refused(imported, tmp_path):
@@ -574,8 +574,8 @@ def test_a_missing_translator_is_told_with_the_command(cfg, tmp_path):
 @pytest.mark.parametrize('recipe, other', [RECIPES, RECIPES[::-1]])
 def test_a_translator_of_the_other_recipe_is_refused(cfg, tmp_path, recipe, other):
     save_translator(cfg.snapshot, code=other == 'pose_code')
-    refused(cfg, tmp_path, f'pose code: set recipe={other}, or python train_ct.py '
-                           f'task=reacher_hard recipe={recipe}')
+    refused(cfg, tmp_path, f'pose code: set recipe={other}, choose another translator, or python '
+                           f'train_ct.py task=reacher_hard recipe={recipe}')
 
 
 def test_a_translator_of_other_pictures_is_refused(cfg, tmp_path):
@@ -638,8 +638,7 @@ def test_without_videos_and_expert_the_command_is_told(cfg, tmp_path, no_filming
 def test_videos_that_are_missing_are_filmed(data_dir, cfg, tmp_path, no_filming, split):
     shutil.rmtree(data_dir / split)
     ordered = {'train': 7, 'valid': 6, 'play': 5}
-    cfg.merge_with(dict(zip(('num_demos', 'num_eval_demos', 'num_play'), ordered.values(),
-                            strict=True)))
+    cfg.merge_with({'num_demos': 7, 'num_eval_demos': 6, 'num_play': 5, 'seed': 4})
     save_expert(cfg.expert, cfg.task_name)
     with pytest.raises(SystemExit, match='3'):
         train_ac.make_workspace(cfg, tmp_path / 'run')
@@ -650,7 +649,27 @@ def test_videos_that_are_missing_are_filmed(data_dir, cfg, tmp_path, no_filming,
     # Splits that are there stay as they are, and the missing one is filmed as they were.
     assert {f'num_{name}={ordered[name] if name == split else 2}' for name in ordered
             } <= set(command)
-    assert {'seed=1', 'num_contexts=3', f'episode_len={LENGTH}'} <= set(command)
+    assert {'seed=1', 'num_contexts=3', f'episode_len={LENGTH}', 'scenery.floor.enabled=True'
+            } <= set(command)
+
+
+def test_filming_that_was_interrupted_goes_on_as_it_was_ordered(data_dir, cfg, tmp_path,
+                                                                no_filming):
+    for split in ('train', 'play'):
+        video.frames_path(data_dir / split, 1).with_suffix('.json').unlink()
+    cfg.merge_with({'num_demos': 7, 'num_eval_demos': 6, 'num_play': 5})
+    save_expert(cfg.expert, cfg.task_name)
+    with pytest.raises(SystemExit, match='3'):
+        train_ac.make_workspace(cfg, tmp_path / 'run')
+    assert {'num_train=2', 'num_valid=2', 'num_play=2'} <= set(no_filming[0])
+
+
+def test_an_imitators_play_does_not_go_on_at_random(data_dir, cfg, tmp_path, no_filming):
+    video.frames_path(data_dir / 'play', 1).with_suffix('.json').unlink()
+    edit(data_dir / 'play/episode_00000.json', player_sha256='0')
+    save_expert(cfg.expert, cfg.task_name)
+    refused(cfg, tmp_path, 'play lacks episodes of an imitator: .*num_play=2 player=<its snapshot>')
+    assert not no_filming
 
 
 def test_without_any_videos_those_ordered_are_filmed(cfg, tmp_path, no_filming):
@@ -687,7 +706,7 @@ def test_a_shipped_translator_can_be_imitated_with(path):
     model, scores = load_translator(cfg)
     frames = torch.randint(256, (2, model.im_size, model.im_size, 3), dtype=torch.uint8)
     assert model.code(model.encode(frames)).isfinite().all()
-    # walker_walk's imitators alone stay below 0.8
+    # the only one whose imitators' mean is below 0.8
     assert ('warning' in judge_translator(scores)) == (path.stem == 'walker_walk')
 
 
