@@ -428,16 +428,13 @@ def update(loss: torch.Tensor, module: nn.Module, optimizer, lr: float, max_grad
 
 
 def open_splits(cfg) -> dict[str, video.Clips]:
-    """Return the dataset's splits: also `play` where it has a share or a code is learned, and
-    `play_valid` where a code is judged.
+    """Return the dataset's splits, those of play where it has a share or a code is learned.
 
     Raises: UserError where one is missing, or drawn otherwise than pictures are here.
     """
     root, splits = Path(cfg.data_dir), ['train', 'valid']
     if cfg.play_share or cfg.model.code_dim:
-        splits.append('play')
-    if cfg.model.code_dim:
-        splits.append('play_valid')
+        splits += ['play', 'play_valid']
     clips = {}
     for name in splits:
         clips[name] = video.Clips(root / name, cfg.task_name,

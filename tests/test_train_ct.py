@@ -371,13 +371,6 @@ def test_play_has_its_share_of_a_batch(data, tmp_path, monkeypatch, unmeasured):
         assert drawn == [(num, num) for num in expected]
 
 
-def test_held_out_play_is_asked_for_only_to_judge_a_code(data):
-    cfg = config(data, 'play_share=0.5', recipe='liu2017')
-    assert list(train_ct.open_splits(cfg)) == ['train', 'valid', 'play']
-    cfg = config(data, 'play_share=0', recipe='pose_code')
-    assert list(train_ct.open_splits(cfg)) == ['train', 'valid', 'play', 'play_valid']
-
-
 def test_what_a_run_leaves(data, tmp_path):
     cfg = config(data, 'snapshot_every=4')
     train(cfg, tmp_path)
