@@ -365,7 +365,6 @@ def make(task_name: str, obs: str = 'pixels', action_repeat: int = 2, frame_stac
       scenery: for an environment that can be filmed in visual contexts.
     """
     if obs not in ('pixels', 'states'):  # a snapshot may say anything
-        raise UserError(f'obs={obs} is neither pixels nor states: choose another '
-                        'snapshot.')
+        raise UserError(f'obs={obs} is neither pixels nor states: choose another snapshot.')
     env = ActionRepeat(load_suite(task_name, scenery, seed), action_repeat)
     return Pixels(env, im_size, frame_stack) if obs == 'pixels' else States(env)

@@ -10,7 +10,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from dm_control import suite
 from dm_env import StepType, TimeStep, test_utils
-from fakes import ROOT, SCENERY, run, save_expert
+from fakes import ROOT, SCENERY, run, save_expert, watch
 
 import contexts
 import dmc
@@ -53,6 +53,12 @@ class Scripted(dm_env.Environment):
 
     def action_spec(self):
         pass
+
+
+def test_a_wrapper_hands_on_what_dm_env_has_a_default_for(monkeypatch):
+    closed = watch(monkeypatch, Scripted, 'close')
+    dmc.ActionRepeat(Scripted(), 2).close()
+    assert len(closed) == 1
 
 
 def test_action_repeat_adds_rewards_and_keeps_a_terminal_zero():
