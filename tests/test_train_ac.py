@@ -96,7 +96,8 @@ def make_cfg(folder, data_dir, recipe, changes):
         'num_train_frames=128', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
         'num_eval_episodes=2', 'log_every_frames=8', 'snapshot_every_frames=48', 'lookahead=[1,2]',
         'num_pretrain_updates=5', 'hidden_dim=16', 'num_expl_steps=10', 'stddev_schedule=1.0',
-        snapshot=f'{folder}/ct.pt', data_dir=str(data_dir), expert=f'{folder}/expert.pt')
+        'w_imagine=0', snapshot=f'{folder}/ct.pt', data_dir=str(data_dir),
+        expert=f'{folder}/expert.pt')
     cfg.merge_with(changes)
     return cfg
 
