@@ -46,8 +46,9 @@ PY = .venv/bin/python
 .PHONY: .venv test lint bench faults demo
 .DELETE_ON_ERROR:
 
+# Two processes keep two cores busy: threads, also software OpenGL's, would be in their way.
 test: .venv
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 LP_NUM_THREADS=0 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: .venv
 	.venv/bin/ruff check .

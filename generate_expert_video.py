@@ -540,7 +540,7 @@ def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
     # among them: it opens OpenGL's display, which forked processes must not share. A kill -9 leaves
     # the server's socket behind, in $TMPDIR/pymp-*.
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['torch', 'hydra', 'cv2', 'imageio.v3'])
+    context.set_forkserver_preload(['torch', 'hydra', 'cv2', 'imageio.v3', 'scipy.ndimage'])
     return ProcessPoolExecutor(num_workers, context, start_worker, (cfg,))
 
 

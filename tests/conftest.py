@@ -1,15 +1,28 @@
+import copy
+import functools
 import gc
 import signal
 
 import pytest
 
-import dmc  # noqa: F401  before anything that imports mujoco: it chooses the OpenGL backend
+import dmc  # before anything that imports mujoco: it chooses the OpenGL backend
 import utils
 
 gc.freeze()  # garbage collections, of which tests make many, need not look through the modules
 
 # A shell ignores SIGINT for what it starts in the background, and so would the scripts under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def each_model_is_compiled_once():
+    """Hand out copies afterwards: hundreds of environments are made of some fifty models."""
+    compiled = functools.cache(lambda xml, assets: compile_model(xml, dict(assets)))
+    compile_model = dmc.mujoco.MjModel.from_xml_string
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dmc.mujoco.MjModel, 'from_xml_string', lambda xml, assets=None: copy.copy(
+            compiled(xml, tuple((assets or {}).items()))))
+        yield
 
 
 @pytest.fixture(autouse=True)
