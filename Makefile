@@ -20,6 +20,7 @@ FRAMES_walker_walk     = 20_000
 IMITATOR_walker_walk   = num_pretrain_updates=4000
 PLAY_reacher_hard      = 200
 FRAMES_reacher_hard    = 5_000
+IMITATOR_reacher_hard  = num_pretrain_updates=500
 FRAMES_finger_spin     = 20_000
 
 # What a budget buys, as overrides of each script. From shipped weights, on two cores without a GPU,

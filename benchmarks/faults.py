@@ -68,7 +68,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
                      'model.code_dim=4', 'code.batch_size=8'],
         'train_ac': ['train_ac.py', *RUN, f'data_dir={videos}', 'num_train_frames=4000',
                      f'snapshot={folder}/train_ct/best.pt', 'num_pretrain_updates=20',
-                     'num_eval_demos=4']}
+                     'num_eval_demos=4', 'w_imagine=0']}
 
 
 def start(command: list[str], out: Path) -> subprocess.Popen:

@@ -16,7 +16,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True, scope='session')
 def each_model_is_compiled_once():
-    """Hand out copies afterwards: hundreds of environments are made of some fifty models."""
+    """Compile once in each process, and hand out copies: hundreds of environments are made of some
+    fifty models. No test here is about compiling, which is MuJoCo's."""
     compiled = functools.cache(lambda xml, assets: compile_model(xml, dict(assets)))
     compile_model = dmc.mujoco.MjModel.from_xml_string
     with pytest.MonkeyPatch.context() as patch:

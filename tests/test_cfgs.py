@@ -49,8 +49,8 @@ def test_task_files_speak_of_drqv2_and_of_the_imitators_exceptions_alone(task):
     file = OmegaConf.load(CFGS / f'task/{task}.yaml')
     said = file.keys()
     assert said <= {'defaults', 'task_name', 'drqv2', 'imitator'}
-    assert file.get('imitator', {}).keys() <= {'lookahead', 'timing', 'num_actions', 'max_shift',
-                                               'w_imagine', 'w_critic'}
+    assert file.get('imitator', {}).keys() <= {'lookahead', 'timing', 'num_actions', 'w_imagine',
+                                               'w_critic'}
     assert ('task_name' in said) == (task in FILES)
 
 
@@ -63,7 +63,7 @@ def own_values(cfg):
     """All but the task's name, what train.py takes from `drqv2`, and the imitator's exceptions."""
     values = OmegaConf.to_container(cfg, resolve=True)
     del values['task_name']
-    own = ('lookahead', 'timing', 'num_actions', 'max_shift', 'w_imagine', 'w_critic')
+    own = ('lookahead', 'timing', 'num_actions', 'w_imagine', 'w_critic')
     for key in ('drqv2', 'imitator', *(own if values.get('recipe') == 'pose_code' else ())):
         values.pop(key, None)
     return values
