@@ -158,8 +158,12 @@ def test_mirrored_pairs_are_mirrored_whole_and_half_of_them(data):
 
 
 def leave_measurement_out(patch):
-    """That of codes, which takes seconds."""
+    """That of codes, which takes seconds; and films are empty: ffmpeg would start for each."""
+    def touch(path, *_):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     patch.setattr(train_ct, 'measure_code', lambda *_: {'rank': 0.5})
+    patch.setattr(video, 'save', touch)
 
 
 @pytest.fixture
@@ -192,7 +196,7 @@ def load(path):
 def whole(data, tmp_path_factory):
     """-> a function of `config`'s arguments: the folder of a run that nothing ended, trained once.
 
-    A code is not measured, see `unmeasured`.
+    A code is not measured, nor filmed, see `unmeasured`.
     """
     @functools.cache
     def trained(*overrides, **options):
