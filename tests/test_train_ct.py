@@ -158,7 +158,7 @@ def test_mirrored_pairs_are_mirrored_whole_and_half_of_them(data):
 
 
 def leave_measurement_out(patch):
-    """That of codes, which takes seconds; and films are empty: ffmpeg would start for each."""
+    """Replace that of codes, which takes seconds, and leave films empty: each would start ffmpeg."""
     def touch(path, *_):
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -196,7 +196,7 @@ def load(path):
 def whole(data, tmp_path_factory):
     """-> a function of `config`'s arguments: the folder of a run that nothing ended, trained once.
 
-    A code is not measured, nor filmed, see `unmeasured`.
+    Codes are not measured, and films are empty, see `unmeasured`.
     """
     @functools.cache
     def trained(*overrides, **options):
