@@ -158,7 +158,7 @@ def test_mirrored_pairs_are_mirrored_whole_and_half_of_them(data):
 
 
 def leave_measurement_out(patch):
-    """Replace that of codes, which takes seconds, and leave films empty: each would start ffmpeg."""
+    """Skip that of codes, which takes seconds, and films, each of which would start ffmpeg."""
     def touch(path, *_):
         path.parent.mkdir(exist_ok=True)
         path.touch()
