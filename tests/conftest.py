@@ -5,23 +5,30 @@ import signal
 
 import pytest
 
-import dmc  # before anything that imports mujoco: it chooses the OpenGL backend
-import utils
-
-gc.freeze()  # garbage collections, of which tests make many, need not look through the modules
-
 # A shell ignores SIGINT for what it starts in the background, and so would the scripts under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What takes seconds to import is imported by the processes that run tests, and not by the one that
+# hands tests out to them.
+
+
+def pytest_collectstart():
+    import dmc  # noqa: F401  before anything that imports mujoco: it chooses the OpenGL backend
+
+
+def pytest_collection_finish():
+    gc.freeze()  # garbage collections, of which tests make many, need not look through the modules
 
 
 @pytest.fixture(autouse=True, scope='session')
 def each_model_is_compiled_once():
     """Compile once in each process, and hand out copies: hundreds of environments are made of some
     fifty models. No test here is about compiling, which is MuJoCo's."""
+    from dmc import mujoco
     compiled = functools.cache(lambda xml, assets: compile_model(xml, dict(assets)))
-    compile_model = dmc.mujoco.MjModel.from_xml_string
+    compile_model = mujoco.MjModel.from_xml_string
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dmc.mujoco.MjModel, 'from_xml_string', lambda xml, assets=None: copy.copy(
+        patch.setattr(mujoco.MjModel, 'from_xml_string', lambda xml, assets=None: copy.copy(
             compiled(xml, tuple((assets or {}).items()))))
         yield
 
@@ -29,5 +36,6 @@ def each_model_is_compiled_once():
 @pytest.fixture(autouse=True)
 def precision():
     """Reset the process-wide precision after each test."""
+    import utils
     yield
     utils.set_precision('fp32')

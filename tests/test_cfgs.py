@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import yaml
-from fakes import CFGS, run, settings
+from fakes import CFGS, run_in_turn, settings
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
@@ -357,12 +357,14 @@ def test_all_runs_of_a_sweep_are_checked_before_the_first(refusal):
                                      'w_critic=1')
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--cfg', 'job', '++lr=3e-4', 'hydra.verbose=true', 'hydra/job_logging=none'], 'lr: 0.0003'),
-    (['--hydra-help'], '--multirun'), (['--help'], 'Options, with their values here')])
-def test_hydras_own_flags_and_help_end_well(arguments, words):
-    code, out, error = run('train', *arguments)
-    assert code == 0 and words in out and not error
+def test_hydras_own_flags_and_help_end_well():
+    cases = [
+        (['--cfg', 'job', '++lr=3e-4', 'hydra.verbose=true', 'hydra/job_logging=none'],
+         'lr: 0.0003'),
+        (['--hydra-help'], '--multirun'), (['--help'], 'Options, with their values here')]
+    for (_, words), (code, out, error) in zip(cases, run_in_turn(
+            *(['train', *arguments] for arguments, _ in cases)), strict=True):
+        assert code == 0 and words in out and not error
 
 
 @pytest.mark.parametrize('task', ['fish_swim', 'point_mass_easy', 'ball_in_cup_catch'])

@@ -10,7 +10,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from dm_control import suite
 from dm_env import StepType, TimeStep, test_utils
-from fakes import ROOT, SCENERY, run, save_expert, watch
+from fakes import ROOT, SCENERY, run, run_in_turn, save_expert, watch
 
 import contexts
 import dmc
@@ -146,11 +146,14 @@ def test_no_working_gl_is_told_in_a_sentence(monkeypatch):
         dmc.make('reacher_hard').reset()
 
 
-@pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac', 'generate_expert_video'])
-def test_a_gl_that_does_not_work_ends_a_script_in_a_sentence(script):
-    code, out, error = run(script, '--help', env={**os.environ, 'MUJOCO_GL': 'bad'})
-    assert code == 2 and out == ''
-    assert error.startswith('error: MUJOCO_GL=bad does not work') and len(error.splitlines()) == 1
+def test_a_gl_that_does_not_work_ends_a_script_in_a_sentence():
+    for code, out, error in run_in_turn(
+            *([script, '--help'] for script in ('train', 'train_ct', 'train_ac',
+                                                'generate_expert_video')),
+            env={**os.environ, 'MUJOCO_GL': 'bad'}):
+        assert code == 2 and out == ''
+        assert error.startswith('error: MUJOCO_GL=bad does not work')
+        assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize('choice', ['off', ''])
@@ -219,10 +222,10 @@ def test_a_domain_of_ones_own_is_filmed_in_contexts_like_any(own):
     assert env.physics.data.qpos.tolist() == episode['qpos'][0]
 
 
-@pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])
-def test_each_script_takes_a_task_of_ones_own(own, script):
-    code, out, _ = run(script, 'task=dot_push', '--cfg', 'job', cwd=own)
-    assert code == 0 and 'task_name: dot_push' in out
+def test_each_script_takes_a_task_of_ones_own(own):
+    for code, out, _ in run_in_turn(*([script, 'task=dot_push', '--cfg', 'job'] for script in (
+            'train', 'train_ct', 'train_ac')), cwd=own):
+        assert code == 0 and 'task_name: dot_push' in out
 
 
 @pytest.mark.parametrize('name, text, words', [

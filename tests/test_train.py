@@ -309,7 +309,7 @@ def test_a_script_says_how_an_interrupted_run_goes_on(tmp_path):
 
 def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     options = ['task=reacher_easy', 'obs=states', 'use_tb=false', 'num_train_frames=2400',
-               'num_seed_frames=1000', 'snapshot_every_frames=1200', 'eval_every_frames=1200',
+               'num_seed_frames=1000', 'snapshot_every_frames=1200', 'eval_every_frames=2400',
                'num_eval_episodes=1', 'save_video=false', 'device=cpu', 'batch_size=32',
                'hidden_dim=32']
     def run(name):

@@ -1,4 +1,5 @@
 import ast
+import contextlib
 import errno
 import functools
 import gc
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fakes import ROOT, run, start
+from fakes import ROOT, run, run_in_turn, start
 
 import train
 import utils
@@ -364,13 +365,17 @@ def test_ctrl_c_while_modules_are_imported(script, tmp_path):
     assert f'to resume: python {script}.py' in error and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('script', ['train', 'train_ct', 'train_ac'])
-def test_two_runs_do_not_share_a_folder(script, tmp_path):
-    with utils.only_one_at_work(tmp_path):
-        code, _, error = run(script, f'hydra.run.dir={tmp_path}')
-    assert code == 2
-    assert not tmp_path.exists()  # nothing was written, and an empty folder does not stay
-    assert f'error: another process is at work in {tmp_path}: wait for it, or set' in error
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    runs = {script: tmp_path / script for script in ('train', 'train_ct', 'train_ac')}
+    with contextlib.ExitStack() as others:
+        for folder in runs.values():
+            others.enter_context(utils.only_one_at_work(folder))
+        results = run_in_turn(*([script, f'hydra.run.dir={folder}']
+                                for script, folder in runs.items()))
+    for folder, (code, _, error) in zip(runs.values(), results, strict=True):
+        assert code == 2
+        assert not folder.exists()  # nothing was written, and an empty folder does not stay
+        assert f'error: another process is at work in {folder}: wait for it, or set' in error
 
 
 def test_imports_run_downward():
