@@ -143,8 +143,8 @@ def make(cfg, work_dir, overlap=False):
 
 # ------------------------------------------------------------------------------ runs
 
-# The third also relabels, as its recipe says, and imagines; the last has a discriminator.
-VARIANTS = [('liu2017', {}), ('pose_code', {}),
+# The fourth also relabels, as its recipe says; the last has a discriminator.
+VARIANTS = [('liu2017', {}), ('pose_code', {}), ('pose_code', {'w_imagine': 1.0}),
             ('pose_code', {'w_critic': 1.0, 'w_imagine': 1.0, 'num_actions': 2,
                            'timing': 'nearest'}),
             ('pose_code', {'w_critic': 1.0, 'lookahead': [], 'num_actions': 2})]
