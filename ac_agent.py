@@ -29,9 +29,10 @@ from utils import UserError
 class Layout(NamedTuple):
     """Joins and splits the imitator's observation, float32 (..., size).
 
-    Features of the last frames, newest first; the targets' features so many steps ahead, the last
-    one standing in for those beyond the end; the share of the horizon that is left, in [0, 1]; the
-    agent's last actions, newest first, zeros for those before the start.
+    In this order: features of the agent's last `num_frames` frames, newest first; the targets, the
+    demonstration's features `lookahead` steps ahead, beyond the end its last; the share of the
+    horizon that is left, in [0, 1]; the agent's last `num_actions` actions, newest first, zeros
+    before the start.
     """
 
     feature_dim: int
@@ -93,7 +94,7 @@ def moments(episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, offset
 class Reward(NamedTuple):
     """The tracking reward, in the environment and where transitions are relabelled.
 
-    With `scale` s it is (t/T)^time_power * exp(-d / s), in [0, 1]: beyond a few s it is about 0
+    With `scale` s it is (t/T)^time_power * exp(-d / s), in [0, 1]: about 0 where d is several s
     (Peng et al. 2018, section 5). Without one it is -(t/T)^time_power * d (Liu et al. 2017, section
     V, where time_power is 2). With w_img, `Imitation` adds the distance of images to d. Without
     targets the reward is a discriminator's, see `ACAgent.update_discriminator`.
@@ -266,10 +267,10 @@ class Imitation(dmc.Wrapper):
       to bootstrap from. The observation contains the time left, since the value depends on it
       (Pardo et al. 2018).
 
-    The reward of the task itself is hidden. With `evaluate`, its sum stands in `episode_info`
-    beside a random policy's from the same start and the mean distance from the demonstration by the
-    clock; and where they are known the expert's, and the translation's PSNR beside that of the
-    agent's first image.
+    The task's own reward is hidden. With `evaluate`, `episode_info` has its sum (`task_return`), a
+    random policy's from the same start (`random_return`), and the mean distance from the
+    demonstration at the same step (`distance`); where they are known also `expert_return`, the
+    translation's PSNR (`psnr_translation`) and that of the true first frame (`psnr_copy_first`).
     """
 
     def __init__(self, env, demos: Demonstrations, layout: Layout, reward: Reward, im_size: int,
@@ -492,7 +493,7 @@ class ACAgent(DrQV2Agent):
     NUM_AHEAD = 3  # frames after an action that the inverse model sees: a contact shows late
     MEAN_RATE = 0.002  # rate of the running means, which average over some 500 updates
     SLOPE_WEIGHT = 0.1  # keeps the discriminator smooth, so that being nearer pays
-    # lr of discriminator and dynamics as a share of the others': critic and actor have to follow
+    # of lr, for discriminator and dynamics: critic and actor have to follow them
     LR_SHARE = 0.3
     NUM_ROLLOUTS = 96  # imagined at each update, a multiple of the dynamics' members
     NUM_IMAGINED = 8  # steps of each: what a push brings about shows late
@@ -516,7 +517,8 @@ class ACAgent(DrQV2Agent):
             of at least `Dynamics.HISTORY`, and 1 as the first of `lookahead`; its reward has no
             images.
           max_shift: steps by which the targets of a cloned moment are shifted at most, uniformly.
-            The agent is seldom exactly on time. In imagination it is late by 0 to so many steps.
+            The agent is seldom exactly on time. In imagination targets are 0 to so many steps
+            ahead of it.
           num_pretrain_updates: updates before the first ordinary one, from play and demonstrations
             only. They train inverse model, dynamics and actor; with a discriminator also it and
             the critic.
@@ -536,7 +538,7 @@ class ACAgent(DrQV2Agent):
         self._w_critic, self._w_clone, self._w_imagine = w_critic, w_clone, w_imagine
         self._max_shift = max_shift
         self._num_pretrain_updates, self._num_updates = num_pretrain_updates, 0
-        self._replay_buffer = None  # to imagine from
+        self._replay_buffer = None  # of the update that is going on: the actor's loss draws from it
         self._relabel, self._hindsight, self._discount = relabel, hindsight, discount
         self.discriminates = bool(w_critic and w_clone and not lookahead)
         # without targets it does not learn from the loop's reward

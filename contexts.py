@@ -64,8 +64,11 @@ class Scenery:
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        """Refuse a scenery of another layout, with values that cfgs/allowed.yaml does not allow, or
-        all off (UserError): a dataset's meta.json may hold one."""
+        """Check the config, which may come from a dataset's meta.json.
+
+        Raises: UserError for a factor or key that is unknown, a range that is missing or that
+          cfgs/allowed.yaml does not allow, and where all factors are off.
+        """
         for name, factor in config.items():
             if name not in FACTORS:
                 raise UserError(f'scenery.{name} is unknown: take one of {", ".join(FACTORS)}.')
@@ -188,7 +191,7 @@ class Stage:
         self.floor = min((data.geom_xpos[i, 2] for i in range(model.ngeom)
                            if model.geom_type[i] in GROUND and data.geom_xmat[i, 8] > 0.9),
                           default=-np.inf)
-        # The suite's floors repeat their texture every metre, which small tasks would not see.
+        # The suite's floors repeat their texture every metre: a small task's camera sees less.
         width = 2 * self.half_view * self.depth
         self.tiles = 2 ** int(np.clip(np.round(np.log2(2.5 / width)), 0, 3))
 

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from utils import UserError, exit_on_user_error
 
-GL_ADVICE = ('no working OpenGL was found for rendering without a screen: '
-             'apt-get install libegl1 libgl1-mesa-dri (or set MUJOCO_GL yourself).')
+GL_PACKAGES = 'apt-get install libegl1 libgl1-mesa-dri'
 
 
 def probe_gl() -> str:
@@ -34,8 +33,8 @@ def probe_gl() -> str:
     return 'off'
 
 
-if not os.environ.get('MUJOCO_GL'):  # a user's choice stands
-    os.environ['MUJOCO_GL'] = probe_gl()
+# A user's choice stands, in lower case as in MuJoCo.
+os.environ['MUJOCO_GL'] = os.environ.get('MUJOCO_GL', '').strip().lower() or probe_gl()
 
 with exit_on_user_error():  # every script imports this module before it could catch an error
     try:
@@ -48,7 +47,7 @@ with exit_on_user_error():  # every script imports this module before it could c
         if isinstance(error, ModuleNotFoundError):
             raise
         raise UserError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work here: unset it, or "
-                        'apt-get install libegl1 libgl1-mesa-dri.') from error
+                        f'{GL_PACKAGES}.') from error
 
 import contexts  # noqa: E402  it imports mujoco
 
@@ -117,9 +116,9 @@ def split_name(task_name: str) -> tuple[str, str]:
 class Camera:
     """Films a physics into `im_size` x `im_size` RGB; one OpenGL context for the whole process.
 
-    The buffer has the image's size and everything is kept between frames; otherwise the picture
-    is the suite's but for SHADOW_SIZE and `facets`. With a painter it can be in a visual context,
-    which is applied only while rendering.
+    Unlike dm_control's, it keeps buffer and scene from frame to frame; pictures differ only by
+    SHADOW_SIZE and `facets`. With a painter a frame can be in a visual context, which is applied
+    only while rendering.
 
     Raises: UserError where no OpenGL works.
     """
@@ -135,7 +134,8 @@ class Camera:
                 backend = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
                 Camera.gl = backend.GLContext(im_size, im_size)
             except Exception as error:  # each backend raises its own
-                raise UserError(GL_ADVICE) from error
+                raise UserError('no working OpenGL was found for rendering without a screen: '
+                                f'{GL_PACKAGES} (or set MUJOCO_GL yourself).') from error
             atexit.register(Camera.gl.free)
         Camera.gl.make_current()
         model.vis.quality.shadowsize = SHADOW_SIZE
@@ -216,7 +216,11 @@ class SuiteEpisodes(Wrapper):
         self._cameras, self._context = {}, None
         self._seeds = np.random.default_rng(seed)
         spec = env.action_spec()
-        self._low, self._scale = spec.minimum, (spec.maximum - spec.minimum) / 2.0
+        # An actuator without limits has bounds of 1e10 here: it takes actions as they are.
+        unlimited = spec.maximum >= mujoco.mjMAXVAL
+        self._low, high = (np.where(unlimited, own, bound) for own, bound in (
+            (-1.0, spec.minimum), (1.0, spec.maximum)))
+        self._scale = (high - self._low) / 2.0
         self._action_spec = specs.BoundedArray(spec.shape, np.float32, -1.0, 1.0, 'action')
 
     def action_spec(self):

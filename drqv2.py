@@ -29,7 +29,7 @@ def random_shift(obs: torch.Tensor, pad: int = 4) -> torch.Tensor:
 
 
 def weight_init(module: nn.Module):
-    """Orthogonal weights, zero biases."""
+    """Initialise a layer with orthogonal weights and zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.orthogonal_(module.weight)
     elif isinstance(module, nn.Conv2d):

@@ -5,7 +5,7 @@ Also films play: episodes of the agent's own actions, random or an imitator's wi
 translator learns how actions change what it sees. Only play stores its actions.
 
 Videos of one's own can take the demonstrations' place: from_mp4=FOLDER. Each FOLDER/<name>.mp4 is
-an episode; of one that was filmed in several contexts at once, the files are
+an episode; if it was filmed in several contexts at once, its files are
 FOLDER/<context>/<name>.mp4. Play is filmed as ever. Where such an episode starts is not known: the
 reset of the task that looks most like its first frame is found, with the task's translator.
 
@@ -82,8 +82,7 @@ class Order:
 
     @property
     def imported(self) -> bool:
-        """Whether its episodes are videos of one's own, see `video.Clips.imported`."""
-        return 'mp4_sha256' in self.meta
+        return video.is_imported(self.meta)
 
     @property
     def num_missing(self) -> int:

@@ -21,12 +21,12 @@ import utils
 KINDS = ('train', 'eval')
 WIDTH = 100  # columns of a line on the console; what does not fit stands in the CSV
 SCORE = '0_score/imitator'  # '0_' puts it first
-# Ends of keys that are the same in each evaluation.
+# Keys that end like this have the same value in each evaluation.
 CONSTANT = ('expert_return', 'random_return', 'psnr_translation', '_copy_first')
 FIRST = ('task_return', 'expert_return', 'random_return', 'episode_reward', 'psnr',
          'psnr_copy_first', 'agreement', 'rank', 'probe_gross')  # on the console
 
-SUCCESS = 0.8  # the score at which an episode counts as coming within 80% of the expert's
+SUCCESS = 0.8  # the score from which an episode counts as a success
 
 
 def episode_scores(imitator: np.ndarray, expert: np.ndarray, random: np.ndarray) -> np.ndarray:
@@ -51,7 +51,8 @@ class Progress:
 
     def __init__(self, total: int, unit: str, done: int = 0,
                  clock: Callable[[], float] = time.monotonic, stream: TextIO | None = None):
-        """
+        """Begin at `done` of `total` units.
+
         Args:
           total: units that make the whole job.
           unit: one of them, in the singular: 'frame', 'episode'.
@@ -144,7 +145,8 @@ class Logger:
     def __init__(self, work_dir: str | Path, total: int, unit: str = 'frame', resume_step: int = 0,
                  use_tb: bool = True, settings: Mapping | None = None,
                  clock: Callable[[], float] = time.monotonic, stream: TextIO | None = None):
-        """
+        """Open the files, and go on at `resume_step`.
+
         Args:
           work_dir: gets train.csv, eval.csv and tb/.
           total: steps of the whole run.

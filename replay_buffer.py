@@ -15,13 +15,13 @@ class ReplayBuffer:
     """Stores each frame once; stacks and n-step returns are put together when sampled.
 
     Row i holds what arrived at time i: the newest frame, and the action, reward and discount that
-    led to it (zeros for an episode's first). Only whole episodes are ever sampled, their starts
-    uniformly: a start within `nstep` of the end gets the return up to the end, so that returns
-    never cross episodes and the last steps of a short horizon are learned as well.
+    led to it (zeros for an episode's first). Only transitions of whole episodes are sampled,
+    uniformly. One that begins less than `nstep` steps before the end gets the return up to the end,
+    so that returns never cross episodes and the last steps of a short horizon are learned as well.
 
     The rows are memory-mapped files: the page cache decides how much stays in memory, and snapshots
-    need not copy them. `slack` rows beyond `capacity` keep what a run that goes back to its last
-    snapshot, or the one before, still has to sample.
+    need not copy them. After a kill, a run goes back to its last snapshot or the one before:
+    `slack` rows beyond `capacity` keep what it could sample then from being overwritten.
     """
 
     def __init__(self, root: Path, obs_spec: specs.Array, action_spec: specs.Array, capacity: int,
@@ -32,7 +32,8 @@ class ReplayBuffer:
         Args:
           obs_spec: of the stacked observation; its first axis is `frame_stack` frames.
           capacity: rows to sample from; an episode takes one more than it has steps.
-          slack: at least the rows between a snapshot and the next but one, and of one episode.
+          slack: rows, at least those of one episode and of the steps between a snapshot and the
+            second one after it.
           resume: go on with the files that are there; otherwise they are made anew.
           spare: bytes to be left on the disk, for a run's snapshots.
 
@@ -119,9 +120,9 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int, ahead: tuple[int, ...] = ()) -> tuple[torch.Tensor, ...]:
         """Return obs (B, *obs), action (B, A), reward (B, 1), discount (B, 1), next_obs (B, *obs),
-        and for every number of steps in `ahead` the obs so long after the first (B, *obs), the
-        episode's last standing in for those beyond its end. Observations are of their spec's dtype,
-        the rest float32.
+        and for each number k in `ahead` the observation k steps after obs (B, *obs), or its
+        episode's last, if that ends before. Observations are of their spec's dtype, the rest
+        float32.
 
         reward is the discounted n-step sum; discount multiplies the value of next_obs. Sampled
         with a generator of the buffer's own, whose state is part of `state_dict`.

@@ -89,8 +89,8 @@ class Workspace:
         self.overlap = overlap
         if overlap:
             torch.set_num_threads(1)
-        # Rows enough to go back to the last snapshot but one. An episode has one row more than
-        # steps: at worst, if it has one step, twice as many.
+        # The run can go back to the last snapshot but one: two intervals, each up to an episode's
+        # end, of two rows a step at worst (an episode has one row more than steps); and an episode.
         between = min(cfg.snapshot_every_frames, cfg.num_train_frames) // cfg.action_repeat
         slack = 4 * between + 5 * LONGEST_EPISODE
         capacity = min(cfg.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
@@ -339,9 +339,8 @@ def main(cfg):
         workspace = make_workspace(cfg, utils.work_dir())
         workspace.train()
     print(f'snapshot: {workspace.snapshot_path}\n'
-          f'to film it: python utils.py slim {workspace.snapshot_path} '
-          f'experts/{cfg.task_name}.pt && '
-          f'python generate_expert_video.py task={cfg.task_name}')
+          f'next: python generate_expert_video.py task={cfg.task_name} '
+          f'snapshot={workspace.snapshot_path}')
 
 
 if __name__ == '__main__':

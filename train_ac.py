@@ -128,6 +128,7 @@ def film_what_is_missing(cfg, im_size: int, limits: dict[str, int]):
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
     if code := subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode:
         sys.exit(code)
+    print(f'{cfg.data_dir} has all videos: the imitator is trained now', flush=True)
 
 
 def report(workspace: Workspace, num_videos: int = 5) -> str:
@@ -151,12 +152,12 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
     if 'expert_return' in returns:
         scores = episode_scores(*rows.T)
         table += [('(imitator - random) / (expert - random)', f'{scores.mean():.2f}'),
-                  (f'episodes within {SUCCESS:.0%} of the expert',
+                  (f'episodes that score {SUCCESS} or more',
                    f'{np.sum(scores >= SUCCESS)} of {len(scores)}'),
                   ('PSNR of the translation', f"{result['psnr_translation']:.1f} dB"),
                   ('PSNR of copying the first frame', f"{result['psnr_copy_first']:.1f} dB")]
     else:
-        table.append(('squared distance of codes', f"{result['distance']:.3f}"))
+        table.append(('squared distance of features', f"{result['distance']:.3f}"))
         note = ("\nWhat the videos' expert returned is not known, so there is no score. Each "
                 "episode starts from the reset that looks most like its video's first frame.\n")
     table += [('agent steps (frames)', f'{workspace.global_step:,} ({workspace.global_frame:,})'),
@@ -196,7 +197,7 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
         limits['play'] = cfg.num_play
     if lacking := [split for split in limits if not video.is_whole(root / split)]:
         meta = root / 'train/meta.json'
-        if meta.exists() and 'mp4_sha256' in video.read_json(meta):
+        if meta.exists() and video.is_imported(video.read_json(meta)):
             raise UserError(f'{root / lacking[0]} lacks episodes beside your own videos: python '
                             f'generate_expert_video.py task={cfg.task_name} out_dir={root} '
                             'from_mp4=<folder>, with the options as before.')
@@ -214,7 +215,7 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
 
 
 def make_workspace(cfg, work_dir: Path) -> Workspace:
-    """Return the run, ready to be trained; its expert films demonstrations if there are none.
+    """Return the run, ready to be trained; videos that are missing are filmed first.
 
     Raises: UserError for bad settings, translator or videos, before anything is trained.
     """

@@ -417,7 +417,7 @@ def ssim_map(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def update(loss: torch.Tensor, module: nn.Module, optimizer, lr: float, max_grad_norm: float):
-    """One step of Adam."""
+    """Take one step of Adam, its gradient's norm clipped."""
     for group in optimizer.param_groups:
         group['lr'] = lr
     optimizer.zero_grad(set_to_none=True)
@@ -428,7 +428,7 @@ def update(loss: torch.Tensor, module: nn.Module, optimizer, lr: float, max_grad
 
 
 def open_splits(cfg) -> dict[str, video.Clips]:
-    """Return the dataset's splits, those of play where it has a share or a code is learned.
+    """Return the dataset's splits; those of play if play_share is above 0 or a code is learned.
 
     Raises: UserError where one is missing, or drawn otherwise than pictures are here.
     """
@@ -557,7 +557,8 @@ class Run:
         cfg, model, begins = self.cfg, self.model, self.step == self.cfg.num_train_steps
         if begins:
             best = utils.load_snapshot(self.best_path, 'translator', cfg.task_name)['model']
-            # but for the code: the run may have been killed after the code's last step
+            # Without a code's weights, which it has if the run was killed after the code's last
+            # step, before a snapshot.
             model.load_state_dict({name: value for name, value in best.items()
                                    if not name.startswith('code.')}, strict=False)
         with self.stop.at_once():
@@ -643,8 +644,8 @@ def main(cfg):
     with utils.only_one_at_work(work_dir):
         train(cfg, work_dir)
     print(f'snapshot: {work_dir / "best.pt"}\n'
-          f'next: python utils.py slim {work_dir / "best.pt"} ct/{cfg.task_name}.pt && '
-          f'python train_ac.py task={cfg.task_name} data_dir={cfg.data_dir}'
+          f'next: python train_ac.py task={cfg.task_name} snapshot={work_dir / "best.pt"} '
+          f'data_dir={cfg.data_dir}'
           f"{' recipe=liu2017' if cfg.model.code_dim is None else ''}")
 
 

@@ -108,8 +108,8 @@ def exit_on_user_error():
 # ------------------------------------------------------------------------ command line and settings
 
 def with_own_options(arguments: list[str]) -> list[str]:
-    """Return the arguments, and with `hydra.run.dir=RUN` alone the options that RUN was started
-    with.
+    """Return the arguments; if `hydra.run.dir=RUN` is the only one, followed by the options that
+    RUN was started with.
 
     Raises: Damaged where these cannot be read.
     """
@@ -152,8 +152,11 @@ def register_tasks(task_names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return 'the nearest are lr, code.lr; --help lists them all.', those spelt most like `name`;
-    where none is like it all of a few, else the last part alone."""
+    """Return how an error ends: 'the nearest are lr, code.lr; --help lists them all.'
+
+    These are the three of `names` that are spelt most like `name`; if none is like it, they are
+    left out, unless there are no more than three.
+    """
     # An option may be meant without the section it is in.
     near = {full: max(difflib.SequenceMatcher(None, name, part).ratio()
                       for part in (full, full.rpartition('.')[2]))
@@ -202,7 +205,8 @@ def compose_runs(config_name: str, args, groups: dict[str, list[str]]) -> list:
                     _set(cfgs[-1], override)
             folders = {override.key_or_group: override.value() for override in chosen
                        if override.key_or_group in ('hydra.run.dir', 'hydra.sweep.dir')}
-            folders = folders or {'local_dir': cfgs[-1].get('local_dir', '.')}
+            folders = folders or {option: cfgs[-1][option] for option in ('local_dir', 'out_dir')
+                                  if option in cfgs[-1]}
             for option, folder in folders.items():
                 if not (args.help or args.cfg or args.info):
                     check_folder(str(folder), option)
@@ -231,6 +235,8 @@ def _compose(config_name: str, *overrides: str):
 def _set(cfg, override):
     """Apply an override as Hydra will; refuse one that is no option's new value (UserError)."""
     key, known = override.key_or_group, flat(OmegaConf.to_container(cfg))
+    if key == 'task_name':  # alone it would go with another task's settings
+        raise UserError(f'task_name follows from task: write task={typed(override.value())}.')
     if not any(f'{name}.'.startswith(f'{key}.') for name in known):
         raise UserError(f'there is no option {key}; {nearest(key, known)}')
     if override.is_add() or override.is_delete():
@@ -256,6 +262,9 @@ def check_settings(cfg, script: str):
         words, _, example = rule_of(key, script).partition(', such as ')
         if not allows(words, values[key]):
             example = example or words.removesuffix(' or null').split()[-1]
+            if isinstance(values[key], float) and values[key].is_integer() and allows(
+                    words, int(values[key])):  # 1e6 was meant as a whole number
+                example = int(values[key])
             raise UserError(f'{key}={typed(values[key])} must be {words}: set {key}={example}.')
 
 
@@ -340,7 +349,8 @@ def help_text(cfg, config_name: str, tasks: list[str]) -> str:
     lines = [fill(f"  {f'{key}={typed(values[key])}':38} {comment}", 41)
              for key, comment in said.items()]
     others = [f'{key}={typed(value)}'.replace(' ', '') for key, value in values.items()
-              if key not in said and not key.startswith(('drqv2.', 'imitator.'))]  # of task files
+              if key not in said and key != 'task_name'
+              and not key.startswith(('drqv2.', 'imitator.'))]  # of task files
     return '\n'.join([*(line.removeprefix('#').removeprefix(' ') for line in head), '',
                       'Options, with their values here:',
                       *lines, '', 'Others:', fill('  ' + '  '.join(others), 2), '',
@@ -676,9 +686,14 @@ def check_folder(folder: str | Path, option: str):
         raise UserError(f'{there} {what}: set {option} to another folder.')
 
 
+def not_readable(path: Path) -> UserError:
+    return UserError(f'{path} may not be read by this user: change its permissions.')
+
+
 def _existing(path: str | Path) -> Path:
     """Return the path, or its nearest parent that exists."""
-    return next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    # unlike Path.exists, os.path's takes what may not be looked into as not there
+    return next(p for p in (Path(path), *Path(path).absolute().parents) if os.path.exists(p))
 
 
 def reserve(path: Path):
@@ -748,7 +763,7 @@ def atomic_write(path: str | Path):
 
 @contextlib.contextmanager
 def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
-    """Hold the folder for this process; a new one that stays empty is removed.
+    """Lock the folder for this process; remove it at the end if it is new and still empty.
 
     Args:
       option: the setting with which to choose another folder.
@@ -774,8 +789,9 @@ def only_one_at_work(folder: Path, option: str = 'hydra.run.dir'):
                 folder.rmdir()
 
 
-def sha256(snapshot: str | Path) -> str:
-    with open(newest_snapshot(snapshot), 'rb') as file:
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256, in hex, of a file, or of the snapshot that `newest_snapshot` finds."""
+    with open(newest_snapshot(path), 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
@@ -865,7 +881,7 @@ def previous(path: Path) -> Path:
 
 def newest_snapshot(path: str | Path) -> Path | None:
     """Return `path`, or what a kill between the two renames of `save_snapshot` leaves, or None."""
-    return next((p for p in (Path(path), previous(Path(path))) if p.exists()), None)
+    return next((p for p in (Path(path), previous(Path(path))) if os.path.exists(p)), None)
 
 
 def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
@@ -893,7 +909,7 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
     except MemoryError:
         raise
     except PermissionError as error:
-        raise UserError(f'{found} may not be read by this user: change its permissions.') from error
+        raise not_readable(found) from error
     except Exception as error:  # a damaged file can raise anything
         raise Damaged(f'{found} is damaged, or holds code instead of tensors and plain values '
                         f'({type(error).__name__}): remove it and {remedy}.') from error
@@ -910,8 +926,9 @@ def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
 def rebuild(make: Callable, args: dict, weights: dict):
     """Return `make(**args)`, an agent or a model, on the CPU and with the weights of a snapshot.
 
-    It is first made on PyTorch's device 'meta', which takes no memory: whatever the arguments say,
-    no more is built than belongs to the weights.
+    A damaged snapshot's arguments may ask for more memory than there is. So it is first made on
+    PyTorch's device 'meta', which allocates nothing, and refused if it is far larger than the
+    weights.
 
     Raises: RuntimeError and others where they do not go together, see `must_fit`.
     """
@@ -919,7 +936,7 @@ def rebuild(make: Callable, args: dict, weights: dict):
         with torch.device(device), warnings.catch_warnings(action='ignore'):
             made = make(**args)
             made.load_state_dict(weights)  # on 'meta' it compares, copies nothing, and says so
-        # A slim snapshot lacks what only training needs: some ten times as much, in full precision.
+        # Ten times is usual: a slim snapshot has only the weights that act, in half precision.
         if num_bytes(made.state_dict()) > 100 * num_bytes(weights):
             raise ValueError('sizes that are not those of the weights')
     return made
@@ -951,12 +968,19 @@ def load_last(work_dir: Path, kind: str, task: str) -> dict | None:
     path = work_dir / 'snapshot.pt'
     if not newest_snapshot(path):
         return None
+
+    def load(path: Path) -> dict:
+        last = load_snapshot(path, kind, remedy='start a new run')
+        if last['task'] != task:
+            raise UserError(f"the run in {work_dir} is of {last['task']}, not {task}: go on with "
+                            f'hydra.run.dir={work_dir} alone, or set task={last["task"]} as well.')
+        return last
     try:
-        return load_snapshot(path, kind, task, remedy='start a new run')
+        return load(path)
     except Damaged:
         if not (path.exists() and previous(path).exists()):
             raise
-    last = load_snapshot(previous(path), kind, task, remedy='start a new run')
+    last = load(previous(path))
     damaged = path.with_name('snapshot.damaged.pt')
     os.replace(path, damaged)  # else the next snapshot would push out the one that is whole
     print(f'warning: {path} was damaged and is now {damaged.name}; the run goes on from the '
@@ -965,11 +989,14 @@ def load_last(work_dir: Path, kind: str, task: str) -> dict | None:
 
 
 def slim(source: str | Path, target: str | Path):
-    """Copy a snapshot without what only training needs (optimisers, targets, random numbers).
+    """Copy a snapshot, of its weights only those that act or translate.
 
     Tensors of 4096 numbers or more are stored in half precision. This makes `experts/<task>.pt` and
     `ct/<task>.pt`: python utils.py slim IN OUT
     """
+    if Path(target).suffix != '.pt' or Path(target).is_dir():
+        raise UserError(f'{target} is no file that ends in .pt: write it to a file such as '
+                        'experts/<task>.pt.')
     payload = load_snapshot(source, None, remedy='choose another')
     slimmed = {key: payload[key] for key in SLIM if key in payload}
 

@@ -69,12 +69,13 @@ def nearest_frames(path: str | Path, fps: float, num_frames: int) -> tuple[float
     """
     try:
         rate, (length, _) = iio.immeta(path)['fps'], imageio_ffmpeg.count_frames_and_secs(str(path))
-        numbers = np.round(np.arange(num_frames) * rate / fps).astype(int)
+        # Half-way between two frames it is the first, which is there where the file ends.
+        numbers = np.ceil(np.arange(num_frames) * rate / fps - 0.5 - 1e-9).astype(int)
     except Exception as error:  # whatever ffmpeg says of a file that it cannot read
         raise UserError(f'{path} is no video that ffmpeg can read: remove it, or convert it to '
                         'H.264.') from error
     if numbers[-1] >= length:
-        whole = max(int((length - 0.5) / rate * fps), 0)
+        whole = max(int((length - 0.5 + 1e-9) / rate * fps + 1e-9), 0)
         shorter = f'set episode_len={whole} or less, or ' if whole > 1 else ''  # 2 are the least
         raise UserError(f'{path} lasts {length / rate:.2f} s, which is {whole} agent steps of '
                         f'{1 / fps:.3g} s, not {num_frames - 1}: {shorter}remove it.')
@@ -231,6 +232,8 @@ def read_json(path: Path) -> dict:
         if values.pop('crc32', None) != zlib.crc32(json.dumps(values).encode()):
             raise ValueError
         return values
+    except PermissionError as error:
+        raise utils.not_readable(path) from error
     except (AttributeError, OSError, ValueError) as error:
         raise _damaged(path) from error
 
@@ -239,6 +242,11 @@ def is_whole(root: str | Path) -> bool:
     """Tell whether a split is there, with all the episodes that were ordered."""
     meta = Path(root) / 'meta.json'
     return meta.exists() and len(episode_numbers(root)) >= read_json(meta)['num_episodes']
+
+
+def is_imported(made_by: dict) -> bool:
+    """Tell whether a split's meta.json, or what a run was made by, is of videos of one's own."""
+    return 'mp4_sha256' in made_by
 
 
 class Clips:
@@ -307,6 +315,8 @@ class Clips:
         path = self._paths[i]
         try:
             frames = np.lib.format.open_memmap(path, mode='r')
+        except PermissionError as error:
+            raise utils.not_readable(path) from error
         except Exception as error:  # missing, cut short, or whatever a damaged header raises
             raise _damaged(path) from error
         if frames.shape != self._shape or frames.dtype != np.uint8:
@@ -320,7 +330,7 @@ class Clips:
     @property
     def imported(self) -> bool:
         """Whether these are videos of one's own: seeds, contexts, poses and returns are unknown."""
-        return 'mp4_sha256' in self.meta
+        return is_imported(self.meta)
 
     @property
     def min_contexts(self) -> int:

@@ -175,15 +175,15 @@ def judge(path: Path, args: argparse.Namespace) -> str:
     if kind == 'imitator' and 'expert_return' not in results[0]:  # of one's own videos
         scores = -np.array([result['distance'] for result in results])
         low = np.mean([result['random_return'] for result in results])
-        text += (f'; random {low:.1f}; squared distance of codes {-scores.mean():.3f}; no score, '
-                 "since the return of the videos' expert is not known")
+        text += (f'; random {low:.1f}; squared distance of features {-scores.mean():.3f}; no '
+                 "score, since the return of the videos' expert is not known")
     elif kind == 'imitator':
         expert, low = (np.array([result[f'{who}_return'] for result in results])
                        for who in ('expert', 'random'))
         scores = episode_scores(returns, expert, low)
         text += (f'; expert {expert.mean():.1f} ± {expert.std():.1f}, random {low.mean():.1f}; '
-                 f'score {scores.mean():.2f}, {np.sum(scores >= SUCCESS)} of {len(scores)} within '
-                 f'{SUCCESS:.0%} of the expert')
+                 f'score {scores.mean():.2f}; {np.sum(scores >= SUCCESS)} of {len(scores)} score '
+                 f'{SUCCESS} or more')
     else:
         scores = returns
         low = [result['return'] for result in rand.results(args.episodes, args.seed)]

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import utils
+import video
 from logger import SUCCESS, episode_scores
 
 UNSAID = ('task', 'seed', 'use_tb', 'save_video', 'device')  # options that make no other row
@@ -33,8 +34,8 @@ Made by `python benchmarks/report.py`. A score is (imitator - random) / (expert 
 random policy's, 1 the expert's. Episodes are held out, in held-out contexts. *IQM* is the
 interquartile mean over all seeds' episodes of the last evaluation. Its 95% interval is a percentile
 bootstrap: with two seeds or more it draws seeds, and from each drawn seed episodes; with one seed
-(marked *) it draws episodes only, and says nothing of other seeds. *Within 80%* are episodes with a
-score of at least {success}. The last columns are means over seeds.
+(marked *) it draws episodes only, and says nothing of other seeds. *Score ≥ {success}* counts
+episodes. The last columns are means over seeds.
 
 {table}
 
@@ -124,7 +125,7 @@ def read(folder: Path) -> Run:
     with utils.must_fit(folder, 'choose the folder of a finished run of train_ac.py'):
         cfg = OmegaConf.load(config)
         made = utils.load_snapshot(snapshot, 'imitator', cfg.task_name)
-        if 'mp4_sha256' in made['made_by']:
+        if video.is_imported(made['made_by']):
             raise utils.UserError(f'{folder} imitated your own videos, and what their expert '
                                   'returned is not known: runs on own videos have no score, leave '
                                   'it out.')
@@ -244,7 +245,7 @@ def cells(runs: list[Run]) -> list[str]:
 
 def main_table(tasks: list[Task]) -> str:
     return table(
-        ['', 'seeds', 'score of each', 'mean', 'IQM [95%]', f'within {SUCCESS:.0%}',
+        ['', 'seeds', 'score of each', 'mean', 'IQM [95%]', f'score ≥ {SUCCESS}',
          'agent steps (frames) to 90% of the last score', 'minutes to that', 'minutes in all'],
         [[task.name + (f' `{name}`' if len(task.rows) > 1 else ''), *cells(runs)]
          for task in tasks for name, runs in task.rows.items()])

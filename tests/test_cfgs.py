@@ -196,7 +196,7 @@ def test_help_lists_tasks_and_options(script, capsys, monkeypatch):
         assert '=' in line.split()[0] and len(line.split()) > 1
     said = {word.partition('=')[0] for word in out.split() if '=' in word}
     assert {key for key in utils.flat(OmegaConf.to_container(cfg_of(script)))
-            if not key.startswith(('drqv2.', 'imitator.'))} <= said
+            if not key.startswith(('task_name', 'drqv2.', 'imitator.'))} <= said
 
 
 def test_help_shows_what_a_recipe_says(capsys, monkeypatch):
@@ -258,7 +258,8 @@ BAD = {
         ('discount=7', 'from 0 to 1: set discount=0.99'), ('use_tb=maybe', 'true or false'),
         ('use_tb=1', 'true or false'), ('save_video=3', 'true or false'),
         ('hidden_dim=0', 'a whole number from 1: set hidden_dim=1'),
-        ('num_eval_episodes=2.5', 'a whole number'), ('num_train_frames=1e6', 'a whole number'),
+        ('num_eval_episodes=2.5', 'a whole number'),
+        ('num_train_frames=1e6', 'set num_train_frames=1000000.'),
         ('num_train_frames=0', 'set num_train_frames=1'),
         ('num_train_frames=many', 'set num'), ('seed=1.5', 'whole'),
         ('num_train_frames=1', 'not even one step of 2 frames: set num_train_frames=2'),
@@ -267,7 +268,7 @@ BAD = {
         ('im_size=8', 'a whole number from 16: set im_size=84'),
         ('replay_buffer_size=1', 'from 2'), ('device=tpu', 'cuda, cpu, auto: set device=auto'),
         ('precision=fp8', 'set precision=fp32'), ('local_dir=3', 'a path'),
-        ('task_name=null', 'a name'), ('critic_target_tau=1.1', 'from 0 to 1'),
+        ('task_name=null', 'write task=null'), ('critic_target_tau=1.1', 'from 0 to 1'),
         ('stddev_schedule=cosine', 'a number above 0 or linear'),
         ('stddev_schedule=0', 'a number above 0'), ('stddev_schedule=true', 'a number above 0'),
         ('stddev_schedule="linear(1,0.1)"', 'linear(start,end,duration): set stddev_schedule=0.2'),
@@ -337,6 +338,8 @@ def test_a_bad_setting_is_refused_in_a_sentence_and_nothing_is_written(refusal, 
     ('train', 'hydra/launcher=nowhere', ['hydra/launcher/nowhere']),
     ('train', f'hydra.run.dir={__file__}', ['test_cfgs.py is a file: set hydra.run.dir to']),
     ('train', f'hydra.run.dir={__file__}/run', ['test_cfgs.py is a file: set hydra.run.dir to']),
+    ('generate_expert_video', f'out_dir={__file__}', ['test_cfgs.py is a file: set out_dir to']),
+    ('train_ac', 'task_name=finger_spin', ['write task=finger_spin']),
     ('train_ct', f'local_dir={__file__}', ['test_cfgs.py is a file: set local_dir to']),
     ('train', 'hydra.nowhere=1', ['hydra.nowhere'])])
 def test_a_command_line_that_cannot_be_meant_is_refused_in_a_sentence(refusal, script, argument,

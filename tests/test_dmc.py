@@ -70,6 +70,18 @@ def test_action_repeat_adds_rewards_and_keeps_a_terminal_zero():
     assert dmc.ActionRepeat(Scripted(), 2).reset().reward is None
 
 
+def test_an_actuator_without_limits_takes_actions_as_they_are():
+    env = dmc.make('lqr_lqr_2_1', obs='states')
+    assert env.action_spec().minimum == -1 and env.action_spec().maximum == 1
+    env.reset()
+    env.step(np.array([0.25], np.float32))
+    assert env.physics.data.ctrl == 0.25
+    limited = dmc.make('cartpole_balance', obs='states')
+    limited.reset()
+    limited.step(np.array([0.25], np.float32))
+    assert limited.physics.data.ctrl == 0.25
+
+
 def test_pixels_are_stacked_newest_last_and_begin_with_copies():
     env = dmc.make('cartpole_balance', im_size=24, frame_stack=3)
     first = env.reset(episode_seed=1).observation
@@ -156,12 +168,12 @@ def test_a_gl_that_does_not_work_ends_a_script_in_a_sentence():
         assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize('choice', ['off', ''])
+@pytest.mark.parametrize('choice', ['OFF', ''])
 def test_a_users_choice_of_gl_stands(choice):
     code = "import os, dmc; print(os.environ['MUJOCO_GL'])"
     run = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'MUJOCO_GL': choice},
                          cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == (choice or os.environ['MUJOCO_GL'])
+    assert run.stdout.strip() == (choice.lower() or os.environ['MUJOCO_GL'])
 
 
 def test_gl_backends_are_probed(monkeypatch):

@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 import train
 import utils
 from drqv2 import DrQV2Agent
+from generate_expert_video import load_expert
 from train import Workspace
 from utils import UserError
 
@@ -325,8 +326,11 @@ def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     killed.communicate()
     resumed = run('killed')
     assert 'eval at frame 0 ' not in resumed.communicate()[0]  # it went on, and began not anew
-    assert 'eval at frame 0 ' in whole.communicate()[0]
+    out, _ = whole.communicate()
+    assert 'eval at frame 0 ' in out
     assert resumed.returncode == whole.returncode == 0
     assert learned_alike(tmp_path / 'whole', tmp_path / 'killed', 'expert')
-    started = utils.load_snapshot(tmp_path / 'whole/snapshot.pt', 'expert')['command']
-    assert started == ' '.join(['train.py', *options])
+    path = tmp_path / 'whole/snapshot.pt'
+    assert utils.load_snapshot(path, 'expert')['command'] == ' '.join(['train.py', *options])
+    assert f'next: python generate_expert_video.py task=reacher_easy snapshot={path}\n' in out
+    load_expert(path, 'reacher_easy')

@@ -303,7 +303,7 @@ def test_the_report_counts_episodes_and_names_the_command(cfg, tmp_path, monkeyp
              random_return=0.0) for value in (7.9, 8.0, 12.0)]
     monkeypatch.setattr(utils, 'command', lambda: 'train_ac.py task=reacher_hard')
     text = train_ac.report(workspace, num_videos=1)
-    assert '| episodes within 80% of the expert | 2 of 3 |' in text
+    assert '| episodes that score 0.8 or more | 2 of 3 |' in text
     assert '| command | `python train_ac.py task=reacher_hard` |' in text
 
 
@@ -414,7 +414,7 @@ def test_what_ones_own_videos_do_not_tell_is_not_reported(imported, tmp_path):
     workspace.eval()
     text = train_ac.report(workspace, num_videos=1)
     result = workspace.last_eval
-    assert f"| squared distance of codes | {result['distance']:.3f} |" in text
+    assert f"| squared distance of features | {result['distance']:.3f} |" in text
     assert 'there is no score' in text and 'PSNR' not in text and '(expert' not in text
     assert 'expert_return' not in result and 'psnr_translation' not in result
     episodes = np.genfromtxt(tmp_path / 'run/episodes.csv', delimiter=',', names=True)
@@ -431,7 +431,7 @@ def test_evaluate_tells_how_near_ones_own_videos_it_stays(imported, tmp_path):
                       videos=f'{imported.data_dir}/valid', out=tmp_path / 'x.gif')
     line, _ = evaluate.judge(tmp_path / 'run', args).splitlines()
     distance = workspace.last_eval['distance']
-    assert f'squared distance of codes {distance:.3f}; no score, since' in line
+    assert f'squared distance of features {distance:.3f}; no score, since' in line
     assert 'expert ' not in line.partition('no score')[0] and (tmp_path / 'x.gif').exists()
 
 

@@ -178,6 +178,12 @@ def test_a_run_that_differs_is_told_its_command(tmp_path):
         utils.require_same_run(tmp_path, last, {'seed': 2, 'lr': 1})
 
 
+def test_a_run_of_another_task_is_told(tmp_path):
+    save(tmp_path / 'snapshot.pt', 1, task='finger_spin')
+    with pytest.raises(UserError, match='of finger_spin, not reacher_hard.*alone'):
+        utils.load_last(tmp_path, 'expert', 'reacher_hard')
+
+
 def test_a_changed_byte_is_found(tmp_path):
     path = tmp_path / 'snapshot.pt'
     utils.save_snapshot(path, 'expert', 'reacher_hard', {
@@ -250,6 +256,11 @@ def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
     assert slim['agent']['actor']['large'].dtype == torch.float16
     assert slim['agent_args'] == {'obs_shape': [6]}
     assert slim['command'] == 'train.py seed=2'
+
+    for target in ('.', 'experts', '.pt'):
+        (tmp_path / '.pt').mkdir(exist_ok=True)
+        with pytest.raises(UserError, match='is no file that ends in .pt'):
+            utils.slim(tmp_path / 'run.pt', tmp_path / target)
 
     agent['policy'] = agent['actor']  # an imitator acts with another actor than it trains
     (tmp_path / 'run.pt').unlink()

@@ -1,4 +1,5 @@
 import json
+import re
 import zlib
 
 import imageio.v3 as iio
@@ -245,7 +246,7 @@ def save_counting(path, num_frames, fps, size=(48, 64)):
 
 @pytest.mark.parametrize('rate, numbers', [
     (25, [0, 1, 2, 3, 4, 5]), (50, [0, 2, 4, 6, 8, 10]), (30, [0, 1, 2, 4, 5, 6]),
-    (12.5, [0, 0, 1, 2, 2, 2])])
+    (12.5, [0, 0, 1, 1, 2, 2])])
 def test_a_video_is_read_at_the_agents_rate_and_squared(tmp_path, rate, numbers):
     clip, found = video.load(save_counting(tmp_path / 'a.mp4', 30, rate), 25, 6, 16)
     assert clip.shape == (6, 16, 16, 3) and clip.dtype == np.uint8
@@ -261,6 +262,21 @@ def test_a_video_that_ends_before_is_refused_with_what_it_has(tmp_path):
         video.nearest_frames(tmp_path / 'a.mp4', 1.5, 26)
     with pytest.raises(utils.UserError, match='a.mp4 lasts 1.00 s.*set episode_len=24 or less'):
         video.load(path, 25, 26, 16)
+
+
+def test_the_length_that_is_recommended_is_there(monkeypatch):
+    """Also where an agent step ends half-way between two frames."""
+    for rate, fps in ((25, 50), (30, 20), (29.97, 25), (60, 25), (12.5, 25)):
+        for length in range(25, 60):
+            monkeypatch.setattr(video.iio, 'immeta', lambda _, rate=rate: {'fps': rate})
+            monkeypatch.setattr(video.imageio_ffmpeg, 'count_frames_and_secs',
+                                lambda _, length=length: (length, 0))
+            with pytest.raises(utils.UserError) as error:
+                video.nearest_frames('a.mp4', fps, 1000)
+            steps = int(re.search('set episode_len=([0-9]+) or less', str(error.value))[1])
+            video.nearest_frames('a.mp4', fps, steps + 1)
+            with pytest.raises(utils.UserError):
+                video.nearest_frames('a.mp4', fps, steps + 2)
 
 
 @pytest.mark.parametrize('content', [b'', b'no video', None])
