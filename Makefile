@@ -1,6 +1,7 @@
 # make test                                the tests
 # make demo TASK=reacher_hard BUDGET=full  expert -> videos -> translator -> imitator
-# make bench                               how fast it is, and how good the shipped experts are
+# make bench                               how fast it is, and how good the shipped experts are:
+#                                          rewrites experts/README.md and demo/expert/
 # make faults                              what happens when things go wrong
 # make lint                                ruff
 # PYTHON=/path/to/python3.12 names the interpreter that .venv is made with.
