@@ -571,10 +571,14 @@ def next_command(cfg) -> str:
     """Return the command to run next."""
     if cfg.from_mp4 and not cfg.num_play:
         return 'the same command with num_play=1000: imitating your own videos takes play'
-    # A code cannot be trained without poses, nor judged without play: there is one already.
-    script = 'train_ac' if cfg.from_mp4 or cfg.num_play and not cfg.num_play_valid else 'train_ct'
+    options = utils.typed_path('data_dir', cfg.out_dir)
+    # A code is judged by the poses of demonstrations and held-out play: where these are missing,
+    # there is a translator already.
+    if cfg.from_mp4 or cfg.num_play and not cfg.num_play_valid:
+        options += f" {utils.typed_path('snapshot', cfg.translator)}"
+        return f'python train_ac.py task={cfg.task_name} {options}'
     recipe = '' if cfg.num_play else ' recipe=liu2017'
-    return f'python {script}.py task={cfg.task_name} data_dir={cfg.out_dir}{recipe}'
+    return f'python train_ct.py task={cfg.task_name} {options}{recipe}'
 
 
 @utils.main('generate_expert_video', dmc.task_names(), check_settings)

@@ -340,7 +340,7 @@ def main(cfg):
         workspace.train()
     print(f'snapshot: {workspace.snapshot_path}\n'
           f'next: python generate_expert_video.py task={cfg.task_name} '
-          f'snapshot={workspace.snapshot_path}')
+          f"{utils.typed_path('snapshot', workspace.snapshot_path)}")
 
 
 if __name__ == '__main__':

@@ -105,7 +105,7 @@ def film_what_is_missing(cfg, im_size: int, limits: dict[str, int]):
     numbers, options = {'play': 0, **limits, 'play_valid': 0}, {'seed': cfg.seed}
     for split in limits:
         path = Path(cfg.data_dir) / split / 'meta.json'
-        if path.exists():
+        if utils.exists(path):
             there = video.read_json(path)
             numbers[split] = there['num_episodes']
             options = utils.flat({key: there[key] for key in (
@@ -197,7 +197,7 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
         limits['play'] = cfg.num_play
     if lacking := [split for split in limits if not video.is_whole(root / split)]:
         meta = root / 'train/meta.json'
-        if meta.exists() and video.is_imported(video.read_json(meta)):
+        if utils.exists(meta) and video.is_imported(video.read_json(meta)):
             raise UserError(f'{root / lacking[0]} lacks episodes beside your own videos: python '
                             f'generate_expert_video.py task={cfg.task_name} out_dir={root} '
                             'from_mp4=<folder>, with the options as before.')

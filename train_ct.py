@@ -644,8 +644,9 @@ def main(cfg):
     with utils.only_one_at_work(work_dir):
         train(cfg, work_dir)
     print(f'snapshot: {work_dir / "best.pt"}\n'
-          f'next: python train_ac.py task={cfg.task_name} snapshot={work_dir / "best.pt"} '
-          f'data_dir={cfg.data_dir}'
+          f'next: python train_ac.py task={cfg.task_name} '
+          f"{utils.typed_path('snapshot', work_dir / 'best.pt')} "
+          f"{utils.typed_path('data_dir', cfg.data_dir)}"
           f"{' recipe=liu2017' if cfg.model.code_dim is None else ''}")
 
 

@@ -236,7 +236,8 @@ def _set(cfg, override):
     """Apply an override as Hydra will; refuse one that is no option's new value (UserError)."""
     key, known = override.key_or_group, flat(OmegaConf.to_container(cfg))
     if key == 'task_name':  # alone it would go with another task's settings
-        raise UserError(f'task_name follows from task: write task={typed(override.value())}.')
+        raise UserError(f'task_name={typed(override.value())} follows from task: write task=<name> '
+                        'instead, see --help.')
     if not any(f'{name}.'.startswith(f'{key}.') for name in known):
         raise UserError(f'there is no option {key}; {nearest(key, known)}')
     if override.is_add() or override.is_delete():
@@ -394,6 +395,12 @@ def command() -> str:
         return ''
     started = HydraConfig.get()
     return shlex.join([f'{started.job.name}.py', *started.overrides.task])
+
+
+def typed_path(key: str, path: str | Path) -> str:
+    """Return key=path as it is typed in a shell, quoted where shell or Hydra would misread it."""
+    plain = re.fullmatch(r'[\w./-]+', str(path))
+    return f'{key}={path}' if plain else shlex.quote(f'{key}="{path}"')
 
 
 def require_same(source: str | Path, before: dict, now: dict, remedy: str):
@@ -690,6 +697,17 @@ def not_readable(path: Path) -> UserError:
     return UserError(f'{path} may not be read by this user: change its permissions.')
 
 
+def exists(path: Path) -> bool:
+    """Tell whether a file or folder is there.
+
+    Raises: UserError where this user may not look.
+    """
+    try:
+        return path.exists()
+    except PermissionError as error:
+        raise not_readable(path) from error
+
+
 def _existing(path: str | Path) -> Path:
     """Return the path, or its nearest parent that exists."""
     # unlike Path.exists, os.path's takes what may not be looked into as not there
@@ -824,7 +842,7 @@ def require_same_pictures(source: str | Path, there: dict, quality: list | None,
 #                       elapsed; to resume: replay_buffer, global_episode, evaluations, rng
 #   translator          model_args, model, scores, elapsed (train_ct.py);
 #                       to resume: optimizers, samplers, step, best, rng
-# `slim` keeps these, beside the weights that act or answer:
+# `slim` keeps these, beside the weights that act or translate:
 SLIM = ('format', 'kind', 'task', 'versions', 'command', 'machine', 'made_by', 'agent_args',
         'model_args', 'scores', 'global_step', 'elapsed')
 
@@ -881,7 +899,7 @@ def previous(path: Path) -> Path:
 
 def newest_snapshot(path: str | Path) -> Path | None:
     """Return `path`, or what a kill between the two renames of `save_snapshot` leaves, or None."""
-    return next((p for p in (Path(path), previous(Path(path))) if os.path.exists(p)), None)
+    return next(filter(exists, (Path(path), previous(Path(path)))), None)
 
 
 def load_snapshot(path: str | Path, kind: str | None, task: str | None = None,
@@ -989,13 +1007,13 @@ def load_last(work_dir: Path, kind: str, task: str) -> dict | None:
 
 
 def slim(source: str | Path, target: str | Path):
-    """Copy a snapshot, of its weights only those that act or translate.
+    """Copy a snapshot with only the weights that act or translate.
 
     Tensors of 4096 numbers or more are stored in half precision. This makes `experts/<task>.pt` and
     `ct/<task>.pt`: python utils.py slim IN OUT
     """
     if Path(target).suffix != '.pt' or Path(target).is_dir():
-        raise UserError(f'{target} is no file that ends in .pt: write it to a file such as '
+        raise UserError(f'{target} is a folder, or does not end in .pt: write to a file such as '
                         'experts/<task>.pt.')
     payload = load_snapshot(source, None, remedy='choose another')
     slimmed = {key: payload[key] for key in SLIM if key in payload}

@@ -69,7 +69,7 @@ def nearest_frames(path: str | Path, fps: float, num_frames: int) -> tuple[float
     """
     try:
         rate, (length, _) = iio.immeta(path)['fps'], imageio_ffmpeg.count_frames_and_secs(str(path))
-        # Half-way between two frames it is the first, which is there where the file ends.
+        # Half-way between two frames take the earlier one: the file may end with it.
         numbers = np.ceil(np.arange(num_frames) * rate / fps - 0.5 - 1e-9).astype(int)
     except Exception as error:  # whatever ffmpeg says of a file that it cannot read
         raise UserError(f'{path} is no video that ffmpeg can read: remove it, or convert it to '
@@ -241,7 +241,7 @@ def read_json(path: Path) -> dict:
 def is_whole(root: str | Path) -> bool:
     """Tell whether a split is there, with all the episodes that were ordered."""
     meta = Path(root) / 'meta.json'
-    return meta.exists() and len(episode_numbers(root)) >= read_json(meta)['num_episodes']
+    return utils.exists(meta) and len(episode_numbers(root)) >= read_json(meta)['num_episodes']
 
 
 def is_imported(made_by: dict) -> bool:
@@ -266,7 +266,7 @@ class Clips:
                  quality: list | None = None, max_episodes: int | None = None):
         self.root = Path(root)
         command = f"python generate_expert_video.py task={task or '<task>'}"
-        if not (self.root / 'meta.json').exists():
+        if not utils.exists(self.root / 'meta.json'):
             raise UserError(f'there are no videos in {self.root}: {command} '
                             f'out_dir={self.root.parent}.')
         self.meta = meta = read_json(self.root / 'meta.json')

@@ -6,6 +6,7 @@ import gc
 import graphlib
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -178,6 +179,24 @@ def test_a_run_that_differs_is_told_its_command(tmp_path):
         utils.require_same_run(tmp_path, last, {'seed': 2, 'lr': 1})
 
 
+def test_what_may_not_be_read_is_told(tmp_path, monkeypatch):
+    save(tmp_path / 'snapshot.pt', 1)
+
+    def refuse(*_, **__):
+        raise PermissionError
+    for owner, name in ((utils.zipfile, 'ZipFile'), (Path, 'exists')):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            with pytest.raises(UserError, match='snapshot.pt may not be read by this user'):
+                utils.load_snapshot(tmp_path / 'snapshot.pt', 'expert')
+
+
+def test_a_path_is_typed_so_that_shell_and_hydra_read_it():
+    for path in ('exp_local/a-1/seed1/snapshot.pt', 'a b/lookahead[1,2]/x.pt', 'k=v/linear(1,2)'):
+        [typed] = shlex.split(utils.typed_path('snapshot', path))
+        assert utils.parse_override(typed).value() == path
+
+
 def test_a_run_of_another_task_is_told(tmp_path):
     save(tmp_path / 'snapshot.pt', 1, task='finger_spin')
     with pytest.raises(UserError, match='of finger_spin, not reacher_hard.*alone'):
@@ -257,9 +276,9 @@ def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
     assert slim['agent_args'] == {'obs_shape': [6]}
     assert slim['command'] == 'train.py seed=2'
 
-    for target in ('.', 'experts', '.pt'):
-        (tmp_path / '.pt').mkdir(exist_ok=True)
-        with pytest.raises(UserError, match='is no file that ends in .pt'):
+    (tmp_path / 'folder.pt').mkdir()
+    for target in ('.', 'experts', 'folder.pt'):
+        with pytest.raises(UserError, match='is a folder, or does not end in .pt'):
             utils.slim(tmp_path / 'run.pt', tmp_path / target)
 
     agent['policy'] = agent['actor']  # an imitator acts with another actor than it trains

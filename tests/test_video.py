@@ -1,6 +1,7 @@
 import json
 import re
 import zlib
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -202,6 +203,17 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
     make_dataset(tmp_path)
     damage(tmp_path / name)
     with pytest.raises(utils.UserError, match=f'{name} is damaged.*: delete .*run python generate'):
+        video.Clips(tmp_path)
+
+
+@pytest.mark.parametrize('owner, name', [(Path, 'read_text'), (np.lib.format, 'open_memmap'),
+                                         (Path, 'exists')])
+def test_what_may_not_be_read_is_told(tmp_path, monkeypatch, owner, name):
+    def refuse(*_, **__):
+        raise PermissionError
+    make_dataset(tmp_path)
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(utils.UserError, match='may not be read by this user'):
         video.Clips(tmp_path)
 
 
