@@ -19,7 +19,6 @@ PLAY_walker_walk       = 3000
 MORE_PLAY_walker_walk  = 5000
 FRAMES_walker_walk     = 20_000
 IMITATOR_walker_walk   = num_pretrain_updates=4000
-DEMOS_reacher_hard     = 300
 PLAY_reacher_hard      = 200
 FRAMES_reacher_hard    = 5_000
 IMITATOR_reacher_hard  = num_pretrain_updates=500
