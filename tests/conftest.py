@@ -1,6 +1,7 @@
 import copy
 import functools
 import gc
+import os
 import signal
 
 import pytest
@@ -16,8 +17,13 @@ def pytest_collectstart():
     import dmc  # noqa: F401  before anything that imports mujoco: it chooses the OpenGL backend
 
 
+def pytest_collection():
+    gc.disable()
+
+
 def pytest_collection_finish():
     gc.freeze()  # garbage collections, of which tests make many, need not look through the modules
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -30,6 +36,14 @@ def each_model_is_compiled_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mujoco.MjModel, 'from_xml_string', lambda xml, assets=None: copy.copy(
             compiled(xml, tuple((assets or {}).items()))))
+        yield
+
+
+@pytest.fixture(autouse=True, scope='session')
+def no_power_cut():
+    """Let files reach the disk when the system likes: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, 'fsync', lambda file: None)
         yield
 
 

@@ -1,6 +1,7 @@
 import functools
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,9 +89,17 @@ def write_videos(folder, num_contexts=3):
     return folder
 
 
+@functools.cache
+def translator(recipe) -> bytes:
+    """What `save_translator` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_translator(Path(folder) / 'ct.pt', code=recipe == 'pose_code')
+        return (Path(folder) / 'ct.pt').read_bytes()
+
+
 def make_cfg(folder, data_dir, recipe, changes):
     """Settings of a short run, whose translator is saved in the folder."""
-    save_translator(folder / 'ct.pt', code=recipe == 'pose_code')
+    (folder / 'ct.pt').write_bytes(translator(recipe))
     cfg = settings(
         'train_ac', f'recipe={recipe}', 'device=cpu', 'use_tb=false', 'save_video=false',
         'num_train_frames=128', 'num_seed_frames=20', 'batch_size=8', 'eval_every_frames=64',
