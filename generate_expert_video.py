@@ -369,7 +369,7 @@ def describe_mp4s(episodes: list[list[Path]], fps: float, episode_len: int) -> d
 def check_same_settings(root: Path, meta: dict):
     """Refuse a folder whose episodes were made otherwise than `meta` says (UserError)."""
     remedy = f'rm -r {root}, or set out_dir to another folder'
-    if not (root / 'meta.json').exists():
+    if not utils.exists(root / 'meta.json'):
         if video.episode_numbers(root):
             raise UserError(f'{root} holds episodes, but meta.json, which describes them, is '
                             f'missing: {remedy}.')

@@ -97,7 +97,7 @@ def exit_on_user_error():
         sys.exit(2)
     except Interrupted as error:
         run = HydraConfig.get().run.dir
-        where = '' if run == '.' else f' hydra.run.dir={shlex.quote(str(work_dir()))}'
+        where = '' if run == '.' else f" {typed_path('hydra.run.dir', work_dir())}"
         with contextlib.suppress(OSError):  # nobody may be reading
             print(f'\nto resume: python {command()}{where}', file=sys.stderr, flush=True)
         if error.launcher:

@@ -67,15 +67,17 @@ def nearest_frames(path: str | Path, fps: float, num_frames: int) -> tuple[float
 
     Raises: UserError where it is no video, or ends before.
     """
+    def nearest(num: int) -> np.ndarray:
+        # Half-way between two frames it is the earlier one: the file may end with it.
+        return np.ceil(np.arange(num) * rate / fps - 0.5 - 1e-9).astype(int)
     try:
         rate, (length, _) = iio.immeta(path)['fps'], imageio_ffmpeg.count_frames_and_secs(str(path))
-        # Half-way between two frames take the earlier one: the file may end with it.
-        numbers = np.ceil(np.arange(num_frames) * rate / fps - 0.5 - 1e-9).astype(int)
+        numbers = nearest(num_frames)
     except Exception as error:  # whatever ffmpeg says of a file that it cannot read
         raise UserError(f'{path} is no video that ffmpeg can read: remove it, or convert it to '
                         'H.264.') from error
     if numbers[-1] >= length:
-        whole = max(int((length - 0.5 + 1e-9) / rate * fps + 1e-9), 0)
+        whole = max(int((nearest(int(length / rate * fps) + 2) < length).sum()) - 1, 0)
         shorter = f'set episode_len={whole} or less, or ' if whole > 1 else ''  # 2 are the least
         raise UserError(f'{path} lasts {length / rate:.2f} s, which is {whole} agent steps of '
                         f'{1 / fps:.3g} s, not {num_frames - 1}: {shorter}remove it.')

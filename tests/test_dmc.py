@@ -76,10 +76,19 @@ def test_an_actuator_without_limits_takes_actions_as_they_are():
     env.reset()
     env.step(np.array([0.25], np.float32))
     assert env.physics.data.ctrl == 0.25
-    limited = dmc.make('cartpole_balance', obs='states')
-    limited.reset()
-    limited.step(np.array([0.25], np.float32))
-    assert limited.physics.data.ctrl == 0.25
+
+
+def test_actions_are_scaled_to_an_actuators_limits(own, monkeypatch):
+    path = own / 'domains/dot.py'
+    text = path.read_text()
+    path.write_text(text.replace('ctrlrange="-1 1"', 'ctrlrange="1 5"'))
+    assert path.read_text() != text
+    monkeypatch.setattr(dmc, 'DOMAINS', dmc.load_domains(own / 'domains'))
+    monkeypatch.setattr(dmc, 'ALL_TASKS', [('dot', 'push')])
+    env = dmc.make('dot_push', obs='states')
+    env.reset()
+    env.step(np.array([-1, 0.5], np.float32))
+    assert env.physics.data.ctrl.tolist() == [1, 4]
 
 
 def test_pixels_are_stacked_newest_last_and_begin_with_copies():
