@@ -25,7 +25,7 @@ IMITATOR_reacher_hard  = num_pretrain_updates=500
 FRAMES_finger_spin     = 20_000
 
 # What a budget buys, as overrides of each script. From shipped weights, on two cores without a GPU,
-# full took 6 min 37 s (reacher_hard) to 25 (finger_spin, on one core), smoke two to three.
+# full took 6 to 7 minutes (reacher_hard) to 25 (finger_spin, on one core), smoke two to three.
 # walker_walk, which trains two imitators, took 113 minutes beside other trainings.
 EXPERT_full      = num_train_frames=300_000
 VIDEOS_full      = num_train=$(or $(DEMOS_$(TASK)),500) num_valid=30 \
