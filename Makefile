@@ -1,5 +1,6 @@
 # make test                                the tests
 # make demo TASK=reacher_hard BUDGET=full  expert -> videos -> translator -> imitator
+# make demo TASK=walker_walk TURNS=2       and again, with the first imitator's own play
 # make bench                               how fast it is, and how good the shipped experts are:
 #                                          rewrites experts/README.md and demo/expert/
 # make faults                              what happens when things go wrong
@@ -9,31 +10,17 @@
 TASK ?= reacher_hard
 BUDGET ?= full
 
-# Tasks that need other numbers of episodes or frames than the rest, with BUDGET=full. Where there
-# is MORE_PLAY, a first imitator, from random play, plays on until there are so many episodes.
-DEMOS_finger_turn_easy = 1000
-PLAY_finger_turn_easy  = 1000
-FRAMES_finger_turn_easy = 20_000
-DEMOS_walker_walk      = 600
-PLAY_walker_walk       = 3000
-MORE_PLAY_walker_walk  = 5000
-FRAMES_walker_walk     = 20_000
-IMITATOR_walker_walk   = num_pretrain_updates=4000
-PLAY_reacher_hard      = 200
-FRAMES_reacher_hard    = 5_000
-IMITATOR_reacher_hard  = num_pretrain_updates=500
-FRAMES_finger_spin     = 20_000
-
-# What a budget buys, as overrides of each script. From shipped weights, on two cores without a GPU,
-# full took 6 to 7 minutes (reacher_hard) to 25 (finger_spin, on one core), smoke two to three.
-# walker_walk, which trains two imitators, took 113 minutes beside other trainings.
+# What a budget buys, as overrides of each script, the same for every task. With TURNS=2 a first
+# imitator films MORE_PLAY episodes of its own play, from which a second one learns as well.
+TURNS ?= 1
+DEMOS ?= 400
+PLAY ?= 400
+MORE_PLAY ?= 1000
 EXPERT_full      = num_train_frames=300_000
-VIDEOS_full      = num_train=$(or $(DEMOS_$(TASK)),500) num_valid=30 \
-    num_play=$(or $(PLAY_$(TASK)),500) \
+VIDEOS_full      = num_train=$(DEMOS) num_valid=60 num_play=$(PLAY) \
     $(if $(SHIPPED_TRANSLATOR),num_contexts=2 num_play_valid=0,num_contexts=4 num_play_valid=30)
 TRANSLATOR_full  = num_train_steps=1500 code.num_steps=3000
-IMITATOR_full    = num_train_frames=$(or $(FRAMES_$(TASK)),40_000) $(IMITATOR_$(TASK)) \
-    num_play=$(or $(PLAY_$(TASK)),500)
+IMITATOR_full    = num_train_frames=20_000
 EXPERT_smoke     = num_train_frames=6_000
 VIDEOS_smoke     = num_train=8 num_valid=4 num_play=8 num_play_valid=4
 TRANSLATOR_smoke = num_train_steps=20 code.num_steps=20
@@ -87,7 +74,7 @@ RUN = demo_$(TASK)_$(BUDGET)
 SHIPPED_EXPERT = $(wildcard experts/$(TASK).pt)
 SHIPPED_TRANSLATOR = $(wildcard ct/$(TASK).pt)
 EXPERT = $(or $(SHIPPED_EXPERT),exp_local/$(RUN)/snapshot.pt)
-MORE_PLAY = $(and $(MORE_PLAY_$(TASK)),$(filter full,$(BUDGET)),num_play=$(MORE_PLAY_$(TASK)))
+ALL_PLAY = num_play=$(shell expr $(PLAY) + $(MORE_PLAY))
 AC = $(PY) train_ac.py task=$(TASK) snapshot=$(TRANSLATOR) data_dir=videos/$(RUN)
 TRANSLATOR = $(or $(SHIPPED_TRANSLATOR),ct_local/$(RUN)/best.pt)
 
@@ -99,9 +86,10 @@ demo: .venv
 	$(if $(SHIPPED_TRANSLATOR),@echo 'translator: $(TRANSLATOR) is shipped',\
 	    $(PY) train_ct.py task=$(TASK) data_dir=videos/$(RUN) hydra.run.dir=ct_local/$(RUN) \
 	    $(TRANSLATOR_$(BUDGET)))
-	$(if $(MORE_PLAY),\
-	    $(AC) hydra.run.dir=ac_local/$(RUN)_first $(IMITATOR_full) && \
+	$(if $(filter 2,$(TURNS)),\
+	    $(AC) hydra.run.dir=ac_local/$(RUN)_first $(IMITATOR_$(BUDGET)) && \
 	    $(PY) generate_expert_video.py task=$(TASK) snapshot=$(EXPERT) out_dir=videos/$(RUN) \
-	        $(VIDEOS_full) $(MORE_PLAY) translator=$(TRANSLATOR) \
+	        $(VIDEOS_$(BUDGET)) $(ALL_PLAY) translator=$(TRANSLATOR) \
 	        player=ac_local/$(RUN)_first/snapshot.pt)
-	$(AC) hydra.run.dir=ac_local/$(RUN) $(IMITATOR_$(BUDGET)) $(MORE_PLAY)
+	$(AC) hydra.run.dir=ac_local/$(RUN) $(IMITATOR_$(BUDGET)) \
+	    $(if $(filter 2,$(TURNS)),$(ALL_PLAY))

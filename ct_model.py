@@ -11,7 +11,7 @@ All of it works on whole clips: the context is computed once a clip and broadcas
 
 Distances between features say little about poses. `PoseCode` makes a narrow code of z1 in which
 they do: all that translation needs passes through it, a moment has one code in all contexts, and
-how the agent's actions move it can be predicted. `StillEncoder` is for what does not move.
+how the agent's actions move it can be predicted.
 """
 from typing import NamedTuple
 
@@ -129,38 +129,6 @@ def normed_mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, hidden), nn.LayerNorm(hidden), nn.SiLU(),
                          nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.SiLU(),
                          nn.Linear(hidden, out_dim))
-
-
-class StillEncoder(nn.Module):
-    """Tells what stands still in an image, in whatever context: (N, H, W, 3) -> (N, dim).
-
-    The pose code tells what moves; a reset may also place what stands still, such as reacher's
-    target. This encoder e learns from pairs (x, y), each of one episode in two contexts and at two
-    moments. It minimises InfoNCE (van den Oord et al. 2018) both ways,
-    -log softmax_j(-|e(x_i) - e(y_j)|^2) at j = i. The negative squared distance thus becomes, up to
-    a constant, the logarithm of the odds that two images belong together.
-    """
-
-    def __init__(self, im_size: int, channels: tuple[int, ...] = (32, 64, 64), hidden: int = 256,
-                 dim: int = 16):
-        super().__init__()
-        convs = [layer for pair in zip((3, *channels[:-1]), channels, strict=True)
-                 for layer in (nn.Conv2d(*pair, 4, 2, 1), nn.ReLU())]
-        size = channels[-1] * (im_size // 2 ** len(channels)) ** 2
-        self.net = nn.Sequential(*convs, nn.Flatten(), nn.Linear(size, hidden),
-                                 nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, dim))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return float32 (N, dim) of images uint8 (N, H, W, 3)."""
-        return self.net(to_float(images))
-
-    def loss(self, pairs: torch.Tensor) -> torch.Tensor:
-        """Return the loss, 0-d, of pairs uint8 (N, 2, H, W, 3): others in the batch do not belong
-        to a pair."""
-        first, second = self(pairs.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
-        odds = -torch.cdist(first, second).square()
-        own = torch.arange(len(first), device=first.device)
-        return (F.cross_entropy(odds, own) + F.cross_entropy(odds.T, own)) / 2
 
 
 class Dynamics(nn.Module):

@@ -105,7 +105,7 @@ class Actor(nn.Module):
     """Maps features (B, repr_dim) to a truncated normal of actions (B, action_dim)."""
 
     def __init__(self, repr_dim: int, action_dim: int, feature_dim: int | None,
-                 hidden_dim: int, mlp=mlp):
+                 hidden_dim: int):
         super().__init__()
         self.trunk = trunk(repr_dim, feature_dim)
         self.policy = mlp(feature_dim or repr_dim, hidden_dim, action_dim)
@@ -120,7 +120,7 @@ class Critic(nn.Module):
     """Maps features (B, repr_dim), actions (B, action_dim) to two estimated returns (B, 1)."""
 
     def __init__(self, repr_dim: int, action_dim: int, feature_dim: int | None,
-                 hidden_dim: int, mlp=mlp):
+                 hidden_dim: int):
         super().__init__()
         self.trunk = trunk(repr_dim, feature_dim)
         in_dim = (feature_dim or repr_dim) + action_dim
@@ -135,9 +135,6 @@ class Critic(nn.Module):
 
 class DrQV2Agent:
     """Acts, and updates from replayed batches; `update` returns metrics as 0-d tensors."""
-
-    mlp = staticmethod(mlp)  # of actor and critic
-    pursues_reward = True  # the environment's: returns tell whether it learns
 
     def __init__(self, obs_shape, action_dim: int, device=None, lr: float = 1e-4,
                  feature_dim: int | None = 50, hidden_dim: int = 1024,
@@ -161,13 +158,11 @@ class DrQV2Agent:
         self.critic_target_tau, self.update_every_steps = critic_target_tau, update_every_steps
         self.num_expl_steps = num_expl_steps
         self.stddev_schedule, self.stddev_clip = stddev_schedule, stddev_clip
-        self.precision = precision
         utils.set_precision(precision)
 
-        self.encoder = self.make_encoder(tuple(obs_shape)).to(self.device)
-        sizes = (self.encoder.repr_dim, action_dim, feature_dim, hidden_dim, self.mlp)
-        # The policy acts; a subclass may act with other weights than it trains.
-        self.actor = self.policy = Actor(*sizes).to(self.device)
+        self.encoder = Encoder(tuple(obs_shape), precision).to(self.device)
+        sizes = (self.encoder.repr_dim, action_dim, feature_dim, hidden_dim)
+        self.actor = Actor(*sizes).to(self.device)
         self.critic = Critic(*sizes).to(self.device)
         self.critic_target = Critic(*sizes).to(self.device).requires_grad_(False)
         self.critic_target.load_state_dict(self.critic.state_dict())
@@ -177,16 +172,6 @@ class DrQV2Agent:
         self.critic_opt = torch.optim.Adam(
             [*self.encoder.parameters(), *self.critic.parameters()], lr=lr, fused=True)
 
-    def make_encoder(self, obs_shape: tuple[int, ...]) -> nn.Module:
-        return Encoder(obs_shape, self.precision)
-
-    def draw(self, replay_buffer, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """Return a replayed batch as the update takes it: images shifted, states as they are."""
-        obs, action, reward, discount, next_obs = replay_buffer.sample(batch_size)
-        if obs.dim() == 4:
-            obs, next_obs = random_shift(obs), random_shift(next_obs)
-        return obs, action, reward, discount, next_obs
-
     _parts = ('encoder', 'actor', 'critic', 'critic_target', 'actor_opt', 'critic_opt')
 
     def state_dict(self) -> dict:
@@ -194,8 +179,7 @@ class DrQV2Agent:
 
     def load_state_dict(self, state: dict):
         """Load a full snapshot's state, or a slim one's, which suffices to act but not to train."""
-        acting = 'policy' if 'policy' in self._parts else 'actor'
-        if missing := {'encoder', acting} - state.keys():
+        if missing := {'encoder', 'actor'} - state.keys():
             raise KeyError(min(missing))
         for name in self._parts:
             if name in state:
@@ -205,7 +189,7 @@ class DrQV2Agent:
     def act(self, obs: np.ndarray, step: int, eval_mode: bool) -> np.ndarray:
         """Return the action, float32 (action_dim,) in [-1, 1], for one observation, unbatched."""
         features = self.encoder(torch.as_tensor(obs, device=self.device)[None])
-        dist = self.policy(features, utils.schedule(self.stddev_schedule, step))
+        dist = self.actor(features, utils.schedule(self.stddev_schedule, step))
         if eval_mode:
             action = dist.mean
         elif step < self.num_expl_steps:
@@ -218,7 +202,9 @@ class DrQV2Agent:
         """Update once in every `update_every_steps` steps; return metrics, empty in between."""
         if step % self.update_every_steps:
             return {}
-        obs, action, reward, discount, next_obs = self.draw(replay_buffer, batch_size)
+        obs, action, reward, discount, next_obs = replay_buffer.sample(batch_size)
+        if obs.dim() == 4:  # images
+            obs, next_obs = random_shift(obs), random_shift(next_obs)
         stddev = utils.schedule(self.stddev_schedule, step)
         features = self.encoder(obs)
         with torch.no_grad():
@@ -249,19 +235,14 @@ class DrQV2Agent:
 
     def update_actor(self, features, stddev):
         """Update the actor; the encoder gets no gradient. Args: features (B, repr_dim)."""
-        return self.step_actor(self.actor_loss(features, self.actor(features, stddev)))
-
-    def step_actor(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Descend the loss, 0-d, with the actor's parameters alone."""
+        action = self.actor(features, stddev).sample(self.stddev_clip)
+        loss = -torch.min(*self.critic(features, action)).mean()
         parameters = list(self.actor.parameters())
         # Not loss.backward(): that would also work out gradients of the critic, to throw them away.
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = grad
         self.actor_opt.step()
         return {'actor_loss': loss.detach()}
-
-    def actor_loss(self, features, dist) -> torch.Tensor:
-        return -torch.min(*self.critic(features, dist.sample(self.stddev_clip))).mean()
 
 
 # ------------------------------------------------------------- fast convolutions on a CPU

@@ -6,8 +6,7 @@ translator learns how actions change what it sees. Only play stores its actions.
 
 Videos of one's own can take the demonstrations' place: from_mp4=FOLDER. Each FOLDER/<name>.mp4 is
 an episode; if it was filmed in several contexts at once, its files are
-FOLDER/<context>/<name>.mp4. Play is filmed as ever. Where such an episode starts is not known: the
-reset of the task that looks most like its first frame is found, with the task's translator.
+FOLDER/<context>/<name>.mp4. Play is filmed as ever.
 
 The physics runs once for each episode, and one camera for each context films it. Demonstrations and
 random play depend on (seed, split, i) alone, an imitator's play on the imitator as well. So the
@@ -26,7 +25,7 @@ import hashlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -43,9 +42,8 @@ import dmc  # first: it chooses the OpenGL backend before anything imports mujoc
 # isort: split
 import utils
 import video
-from ac_agent import load_imitator, load_translator
+from ac_agent import load_imitator
 from contexts import Kind, Scenery
-from ct_model import ContextTranslator, StillEncoder
 from drqv2 import DrQV2Agent
 from logger import Progress
 from utils import UserError
@@ -79,10 +77,6 @@ class Order:
     num_episodes: int
     meta: dict       # what its episodes depend on
     there: set[int]  # episodes that were filmed before
-
-    @property
-    def imported(self) -> bool:
-        return video.is_imported(self.meta)
 
     @property
     def num_missing(self) -> int:
@@ -255,11 +249,11 @@ class Studio:
         and its snapshot's sha256."""
         return *load_player(self.cfg, kind), utils.sha256(self.cfg.player)
 
-    def make(self, split: str, i: int, start: dict | None = None):
-        """Write episode i; of one's own videos, with what is known of its start."""
+    def make(self, split: str, i: int):
+        """Write episode i."""
         cfg, root, (kind, actor) = self.cfg, Path(self.cfg.out_dir) / split, SPLITS[split]
         if split in self.mp4s:
-            self.take_over(root, i, self.mp4s[split][i], start)
+            self.take_over(root, i, self.mp4s[split][i])
             return
         episode_seed, contexts = draw_episode(cfg.seed, split, i, cfg.num_contexts, self.scenery)
         env, agent = self.env, self.agent
@@ -283,39 +277,15 @@ class Studio:
             'episode_seed': episode_seed, **kept, 'qpos': happened['qpos'],
             'contexts': contexts.tolist()})
 
-    def load(self, files: list[Path], num_frames: int) -> tuple[np.ndarray, list[float]]:
-        """Return the first frames of an episode's files, uint8 (C, num_frames, H, W, 3), and the
-        files' frame rates."""
-        clips, rates = zip(*(video.load(path, self.fps, num_frames, self.cfg.im_size)
-                             for path in files), strict=True)
-        return np.stack(clips), list(rates)
-
-    def take_over(self, root: Path, i: int, files: list[Path], start: dict):
+    def take_over(self, root: Path, i: int, files: list[Path]):
         """Write these video files as episode i."""
-        frames, rates = self.load(files, self.cfg.episode_len + 1)
+        clips, rates = zip(*(video.load(path, self.fps, self.cfg.episode_len + 1, self.cfg.im_size)
+                             for path in files), strict=True)
+        frames = np.stack(clips)
         self.preview(root, i, frames, [path.parent.name for path in files])
         video.write_episode(root, i, frames, {
-            'files': [str(path.relative_to(self.cfg.from_mp4)) for path in files], 'fps': rates,
-            **start})
-
-    def show_resets(self, part: int, num: int) -> tuple[list[int], np.ndarray]:
-        """Return the seeds of `num` resets, and two images of each, in two seen contexts: of the
-        start, and after 0 to 30 random actions; uint8 (num, 2, H, W, 3)."""
-        rng = np.random.default_rng((self.cfg.seed, part))
-        seeds, contexts, images = rng.integers(2 ** 31, size=num).tolist(), [None, None], []
-        cameras = [self.env.camera(self.cfg.im_size) for _ in contexts]
-        for n, seed in enumerate(seeds):
-            for k, every in enumerate((5, 7)):  # a new context's textures take time to upload
-                if n % every == 0:
-                    contexts[k] = self.scenery.sample(rng, 'seen')
-            player = RandomPlay(seed, self.env.action_spec().shape)
-            time_step = self.env.reset(episode_seed=seed)
-            start = cameras[0].render(contexts[0])
-            for _ in range(rng.integers(31)):
-                if not time_step.last():
-                    time_step = self.env.step(player.act(None, 0, eval_mode=True))
-            images.append([start, cameras[1].render(contexts[1])])
-        return seeds, np.array(images)
+            'files': [str(path.relative_to(self.cfg.from_mp4)) for path in files],
+            'fps': list(rates)})
 
     def preview(self, root: Path, i: int, frames: np.ndarray, labels: list[str]):
         if i < NUM_PREVIEWS:
@@ -334,12 +304,8 @@ def start_worker(cfg):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def make_episode(split: str, i: int, start: dict | None = None):
-    studio().make(split, i, start)
-
-
-def show_resets(part: int, num: int) -> tuple[list[int], np.ndarray]:
-    return studio().show_resets(part, num)
+def make_episode(split: str, i: int):
+    studio().make(split, i)
 
 
 def describe(cfg, split: str, env_args: dict, joints: list[str]) -> dict:
@@ -410,8 +376,7 @@ def generate(cfg):
         utils.check_disk(cfg.out_dir, clip_bytes * sum(
             order.num_missing * order.meta['num_contexts'] for order in orders),
             'the dataset', 'set num_train or num_contexts lower')
-        fill(cfg, orders, load_code(cfg) if any(
-            order.imported and order.num_missing for order in orders) else None)
+        fill(cfg, orders)
 
 
 def check_player(cfg, orders: list[Order]):
@@ -430,109 +395,21 @@ def check_player(cfg, orders: list[Order]):
         load_player(cfg, SPLITS[order.name].kind)
 
 
-def fill(cfg, orders: list[Order], model: ContextTranslator | None):
-    """Film the episodes that are missing, or take them over from one's own videos.
-
-    Args:
-      model: the translator, where there are such.
-    """
+def fill(cfg, orders: list[Order]):
+    """Film the episodes that are missing, or take them over from own videos."""
     for order in orders:
         num_episodes = max(order.num_episodes, len(order.there))
         video.write_json(order.root / 'meta.json', order.meta | {'num_episodes': num_episodes})
         for leftover in order.root.glob('.tmp-*'):  # of a generation that was killed
             leftover.unlink()
     jobs = [(order.name, i) for order in orders for i in order.missing()]
-    own = [(order.name, i) for order in orders if order.imported for i in order.missing()]
-    starts = find_starts(cfg, own, model) if own else {}
     if jobs:
         total = sum(order.num_episodes for order in orders)
-        share_out(cfg, make_episode, [(*job, starts.get(job)) for job in jobs],
-                  Progress(total, 'episode', total - len(jobs)))
+        share_out(cfg, jobs, Progress(total, 'episode', total - len(jobs)))
 
-
-# ---------------------------------------------------------------- where one's own videos start
-
-RESETS_IN_PART, NUM_PARTS, NUM_UPDATES, BATCH_SIZE = 100, 500, 2500, 128
-CODE_SCALE = 0.3  # mean squared difference of codes that counts as 1 in the logarithm of the odds
-
-
-def load_code(cfg) -> ContextTranslator:
-    """Return the translator whose code tells poses.
-
-    Raises: UserError where it is missing, has no code, or is of other images.
-    """
-    model, _ = load_translator(cfg.translator, cfg.task_name, 'pose_code',
-                               utils.pick_device('auto'), 'bf16')
-    if model.im_size != cfg.im_size:
-        raise UserError(f'{cfg.translator}, which tells where your own videos start, takes images '
-                        f'of {model.im_size} pixels, not {cfg.im_size}: set '
-                        f'im_size={model.im_size}.')
-    return model
-
-
-def find_starts(cfg, videos: list[tuple[str, int]], model: ContextTranslator
-                ) -> dict[tuple[str, int], dict]:
-    """Return where each of one's own videos, (split, i), starts: 'start_seed', of the reset that
-    looks most like its first frame, and 'translator_sha256', of the translator that compared them.
-
-    The same resets are drawn for all videos. The nearest one has a similar code, which tells what
-    moves, and a similar output of a `StillEncoder`, which learns from these resets what stands
-    still.
-    """
-    studio = Studio(cfg)
-    firsts = torch.from_numpy(np.stack([studio.load(studio.mp4s[split][i], 1)[0][:, 0]
-                                        for split, i in videos]))           # (N, C, H, W, 3)
-    print(f'looking for the starts of {len(videos)} videos of your own: '
-          f'{RESETS_IN_PART * NUM_PARTS:,} resets are drawn, then an encoder learns to compare '
-          'them, 10 minutes or more on two cores', flush=True)
-    parts = share_out(cfg, show_resets, [(part, RESETS_IN_PART) for part in range(NUM_PARTS)],
-                      Progress(NUM_PARTS, 'part'))
-    seeds = [seed for part, _ in parts for seed in part]
-    images = torch.from_numpy(np.concatenate([part for _, part in parts]))  # (R, 2, H, W, 3)
-    del parts
-    device = next(model.parameters()).device
-    still = learn_what_stands_still(images, device, cfg.seed)
-
-    @torch.no_grad()
-    def compared(images: torch.Tensor, num_starts: int) -> torch.Tensor:
-        """Return what is compared of (n, K, H, W, 3), (n, D): the code of the first images, and
-        what stands still in all of them."""
-        images = images.to(device)
-        code = model.code(model.encode(images[:, :num_starts])).mean(1)
-        stays = still(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
-        return torch.cat([code / (CODE_SCALE * code.shape[1]) ** 0.5, stays], dim=1)
-    resets = torch.cat([compared(part, num_starts=1) for part in images.split(RESETS_IN_PART)])
-    starts = torch.cat([compared(part, num_starts=part.shape[1])  # one moment in all contexts
-                        for part in firsts.split(RESETS_IN_PART)])
-    nearest, sha256 = torch.cdist(starts, resets).argmin(1).tolist(), utils.sha256(cfg.translator)
-    return {name: {'start_seed': seeds[n], 'translator_sha256': sha256}
-            for name, n in zip(videos, nearest, strict=True)}
-
-
-def learn_what_stands_still(images: torch.Tensor, device: torch.device, seed: int) -> StillEncoder:
-    """Train an encoder on pairs of images, uint8 (N, 2, H, W, 3)."""
-    utils.prepare_cpu()
-    torch.manual_seed(seed)
-    still = StillEncoder(images.shape[2]).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(still.parameters(), fused=True)
-    progress = Progress(NUM_UPDATES, 'update')
-    for update in range(NUM_UPDATES):
-        lr = utils.schedule(f'linear(1e-3,0,{NUM_UPDATES})', update)
-        optimizer.param_groups[0]['lr'] = lr
-        batch = torch.randint(len(images), (BATCH_SIZE,))
-        loss = still.loss(images[batch].to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        progress.show(update + 1)
-    progress.close()
-    return still
-
-
-# -------------------------------------------------------------------------------------- processes
 
 def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
-    """Processes that take `make_episode` and `show_resets`."""
+    """Processes that take `make_episode`."""
     # They keep the cores busy: threads of software OpenGL would only be in their way.
     os.environ.setdefault('LP_NUM_THREADS', '0')
     # They are forked from a server process that imports the slow modules once. dm_control is not
@@ -543,28 +420,25 @@ def open_pool(cfg, num_workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(num_workers, context, start_worker, (cfg,))
 
 
-def share_out(cfg, make: Callable, jobs: list[tuple], progress: Progress) -> list:
-    """Share the jobs, arguments of `make`, out to processes, and return what each returns. Those
-    begun are finished on Ctrl-C."""
+def share_out(cfg, jobs: list[tuple[str, int]], progress: Progress):
+    """Share the jobs, arguments of `make_episode`, out to processes. On Ctrl-C the episodes that
+    were begun are finished."""
     num_workers = cfg.num_workers or min(len(os.sched_getaffinity(0)), 8)
-    results, done = [], progress.done
     pool = open_pool(cfg, min(num_workers, len(jobs)))
     try:
         # The main process answers Ctrl-C, and lets its workers finish what they began. They inherit
         # the blocked signal, so that they never get it, not even while they start.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        coming = pool.map(make, *zip(*jobs, strict=True))
+        episodes = pool.map(make_episode, *zip(*jobs, strict=True))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for result in coming:
-            results.append(result)
-            progress.show(done + len(results))
+        for done, _ in enumerate(episodes, start=progress.done + 1):
+            progress.show(done)
     except BrokenProcessPool as error:
         raise UserError('a worker died, perhaps for want of memory: set num_workers lower; the '
                         'same command goes on with what is missing.') from error
     finally:
         pool.shutdown(cancel_futures=True)
         progress.close()
-    return results
 
 
 def next_command(cfg) -> str:

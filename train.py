@@ -13,6 +13,7 @@ if __name__ == '__main__':  # the imports below take seconds; utils.main turns b
 import inspect
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,17 +28,30 @@ from utils import UserError
 from video import VideoRecorder
 
 TRAIN, EVAL = 0, 1  # streams of episode seeds
-DEAD_AFTER = 0.25  # of the frames, when a run that has learnt nothing is worth a warning
 LONGEST_EPISODE = dmc.MAX_EPISODE_STEPS + 1  # rows in the ring
 
 
-def check_settings(cfg, script: str = 'train'):
+def check_settings(cfg):
     """Refuse settings with which there is no run (UserError)."""
-    utils.check_settings(cfg, script)
-    if cfg.num_train_frames < (cfg.action_repeat or 1):  # an imitator's is not known at first
-        raise UserError(f'num_train_frames={cfg.num_train_frames} is not even one step of '
-                        f'{cfg.action_repeat} frames: set num_train_frames={cfg.action_repeat} or '
-                        'more.')
+    utils.check_settings(cfg, 'train')
+    check_length(cfg.num_train_frames, cfg.action_repeat)
+
+
+def check_length(num_train_frames: int, action_repeat: int):
+    """Refuse a run without a single step (UserError)."""
+    if num_train_frames < action_repeat:
+        raise UserError(f'num_train_frames={num_train_frames} is not even one step of '
+                        f'{action_repeat} frames: set num_train_frames={action_repeat} or more.')
+
+
+class Loop(NamedTuple):
+    """What the loop takes beside the settings that all scripts with a loop have."""
+
+    action_repeat: int            # frames, that is simulator steps, to an agent's step
+    num_seed_frames: int = 0      # before the first update
+    nstep: int = 1                # steps of the critic's return
+    discount: float = 0.99
+    replay_buffer_size: int = 1_000_000
 
 
 class Inline(Executor):
@@ -53,7 +67,8 @@ class Workspace:
     """One run in one folder, which goes on from its last snapshot when started again there."""
 
     def __init__(self, cfg, work_dir: Path, kind: str, train_env, eval_env, make_agent,
-                 agent_args: dict, made_by: dict, last: dict | None, overlap: bool = False):
+                 agent_args: dict, loop: Loop, made_by: dict, last: dict | None,
+                 overlap: bool = False):
         """Make the parts of the run and load `last`.
 
         Args:
@@ -70,13 +85,12 @@ class Workspace:
         """
         self.cfg, self.work_dir, self.kind = cfg, work_dir, kind
         self.train_env, self.eval_env = train_env, eval_env
-        self.agent_args = agent_args
-        self.made_by = made_by | {key: cfg[key] for key in (
-            'seed', 'nstep', 'discount', 'batch_size', 'action_repeat', 'num_train_frames',
-            'num_seed_frames', 'replay_buffer_size', 'snapshot_every_frames')}
+        self.agent_args, self.loop = agent_args, loop
+        self.made_by = made_by | loop._asdict() | {key: cfg[key] for key in (
+            'seed', 'batch_size', 'num_train_frames', 'snapshot_every_frames')}
         self.snapshot_path = work_dir / 'snapshot.pt'
         self.global_step, self.global_episode, resume = 0, 0, False
-        self.num_train_steps = cfg.num_train_frames // cfg.action_repeat
+        self.num_train_steps = cfg.num_train_frames // loop.action_repeat
         if last:  # checked before the replay buffer's files are touched
             with utils.must_fit(self.snapshot_path, 'start a new run'):
                 utils.require_same_run(work_dir, last, {**agent_args, **self.made_by})
@@ -91,19 +105,19 @@ class Workspace:
             torch.set_num_threads(1)
         # The run can go back to the last snapshot but one: two intervals, each up to an episode's
         # end, of two rows a step at worst (an episode has one row more than steps); and an episode.
-        between = min(cfg.snapshot_every_frames, cfg.num_train_frames) // cfg.action_repeat
+        between = min(cfg.snapshot_every_frames, cfg.num_train_frames) // loop.action_repeat
         slack = 4 * between + 5 * LONGEST_EPISODE
-        capacity = min(cfg.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
+        capacity = min(loop.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
         spare = utils.snapshot_space(  # weights, and Adam's two moments of them
             self.snapshot_path, 3 * utils.num_bytes(self.agent.state_dict()))
         if last and not resume:
             capacity, slack, spare = 1, 1, 0  # a finished run has no use for it
         obs_spec = train_env.observation_spec()
         self.replay_buffer = ReplayBuffer(
-            work_dir / 'buffer', obs_spec, train_env.action_spec(), capacity, cfg.nstep,
-            cfg.discount, cfg.frame_stack if len(obs_spec.shape) == 3 else 1, slack, cfg.seed,
+            work_dir / 'buffer', obs_spec, train_env.action_spec(), capacity, loop.nstep,
+            loop.discount, cfg.frame_stack if len(obs_spec.shape) == 3 else 1, slack, cfg.seed,
             device, resume, spare)
-        self.elapsed, self.last_eval_step, self.has_updated = 0.0, None, False
+        self.elapsed, self.last_eval_step = 0.0, None
         self.stop = utils.Stop()
         self.evaluations = []  # [frame, mean return, standard deviation]
         if last:
@@ -118,11 +132,10 @@ class Workspace:
 
     @property
     def global_frame(self) -> int:
-        return self.global_step * self.cfg.action_repeat
+        return self.global_step * self.loop.action_repeat
 
     def train(self):
         """Run to the end, or on Ctrl-C and SIGTERM to the end of the current step, with a snapshot.
-        A signal during the first update, which may pretrain, ends it at once and without one.
 
         Raises: utils.Interrupted where it did not come to the end.
         """
@@ -140,12 +153,12 @@ class Workspace:
 
     def run(self, num_frames: int):
         """Go on until the run has had so many frames in all, from the start of an episode."""
-        cfg = self.cfg
-        train_until_step = utils.Until(num_frames, cfg.action_repeat)
-        seed_until_step = utils.Until(cfg.num_seed_frames, cfg.action_repeat)
+        cfg, repeat = self.cfg, self.loop.action_repeat
+        train_until_step = utils.Until(num_frames, repeat)
+        seed_until_step = utils.Until(self.loop.num_seed_frames, repeat)
         # a run that was interrupted in an evaluation evaluates after its next episode
-        evaluated = self.evaluations[-1][0] // cfg.action_repeat if self.evaluations else 0
-        every = [utils.Every(frames, cfg.action_repeat, since) for frames, since in
+        evaluated = self.evaluations[-1][0] // repeat if self.evaluations else 0
+        every = [utils.Every(frames, repeat, since) for frames, since in
                  ((cfg.log_every_frames, self.global_step), (cfg.eval_every_frames, evaluated),
                   (cfg.snapshot_every_frames, self.global_step))]
         if not train_until_step(self.global_step):
@@ -162,7 +175,8 @@ class Workspace:
                 # update the agent
                 update = None
                 if not seed_until_step(self.global_step) and len(self.replay_buffer):
-                    update = self.start_update(executor)
+                    update = executor.submit(self.agent.update, self.replay_buffer, cfg.batch_size,
+                                             self.global_step)
 
                 # take a step, perhaps beside the update
                 time_step = self.train_env.step(action)
@@ -186,16 +200,6 @@ class Workspace:
                         self.save_snapshot()
                     time_step = self.start_episode()
 
-    def start_update(self, executor: Executor) -> Future:
-        """Submit an update of the agent; the first is made here, where a signal can end it."""
-        update = self.agent.update, self.replay_buffer, self.cfg.batch_size, self.global_step
-        if self.has_updated:
-            return executor.submit(*update)
-        with self.stop.at_once():
-            future = Inline().submit(*update)
-        self.has_updated = bool(future.result())
-        return future
-
     def act(self, obs: np.ndarray, eval_mode: bool) -> np.ndarray:
         """Return the agent's action, (action_dim,); refuse one that is not finite (UserError)."""
         action = self.agent.act(obs, self.global_step, eval_mode)
@@ -213,7 +217,7 @@ class Workspace:
 
     def log_episode(self):
         self.logger.log_metrics({
-            'fps': self.episode_step * self.cfg.action_repeat / self.timer.reset(),
+            'fps': self.episode_step * self.loop.action_repeat / self.timer.reset(),
             'episode_reward': self.episode_reward, 'episode_length': self.episode_step,
             'episode': self.global_episode, 'step': self.global_step,
             'buffer_size': len(self.replay_buffer), 'total_time': self.timer.total(),
@@ -255,25 +259,6 @@ class Workspace:
         returns = [episode['episode_reward'] for episode in self.last_eval_episodes]
         self.evaluations.append(
             [self.global_frame, float(np.mean(returns)), float(np.std(returns))])
-        self.warn_if_dead()
-
-    def warn_if_dead(self):
-        """Warn once, at the first evaluation after DEAD_AFTER of the frames, if nothing was
-        learnt."""
-        if not self.agent.pursues_reward:
-            return
-        (_, untrained, spread), *later = self.evaluations
-        late = [frame >= DEAD_AFTER * self.cfg.num_train_frames for frame, *_ in later]
-        if sum(late) != 1 or not late[-1] or self.global_step >= self.num_train_steps:
-            return
-        best = max(mean for _, mean, _ in later)
-        if best <= untrained + spread:
-            self.logger.progress.say(
-                f'warning: {later[-1][0] / self.cfg.num_train_frames:.0%} of the frames are '
-                f'through, and no evaluation (best {best:.4g}) is more than a standard deviation '
-                f'above the one before training ({untrained:.4g} +- {spread:.4g}): this run may be '
-                f'dead. Try another seed, as seed={self.cfg.seed + 1}, longer exploration '
-                '(stddev_schedule), or a lower lr.')
 
     def finish(self):
         """Evaluate and save a last time, then delete the replay buffer."""
@@ -329,6 +314,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
         train_env.camera(16)  # where no OpenGL works, say so now
     return Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent,
                      agent_args(cfg, DrQV2Agent, train_env),
+                     Loop(**{name: cfg[name] for name in Loop._fields}),
                      {'env_args': env_args(cfg), 'quality': dmc.QUALITY},
                      utils.load_last(work_dir, 'expert', cfg.task_name))
 

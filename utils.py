@@ -351,7 +351,7 @@ def help_text(cfg, config_name: str, tasks: list[str]) -> str:
              for key, comment in said.items()]
     others = [f'{key}={typed(value)}'.replace(' ', '') for key, value in values.items()
               if key not in said and key != 'task_name'
-              and not key.startswith(('drqv2.', 'imitator.'))]  # of task files
+              and not key.startswith('drqv2.')]  # of task files
     return '\n'.join([*(line.removeprefix('#').removeprefix(' ') for line in head), '',
                       'Options, with their values here:',
                       *lines, '', 'Others:', fill('  ' + '  '.join(others), 2), '',
@@ -1022,9 +1022,11 @@ def slim(source: str | Path, target: str | Path):
         return {key: value.half() if value.numel() >= 2 ** 12 else value
                 for key, value in weights.items()}
     if 'agent' in payload:
-        acting = 'policy' if 'policy' in payload['agent'] else 'actor'
-        slimmed['agent'] = {key: halved(payload['agent'][key]) for key in ('encoder', acting)
-                            if key in payload['agent']}
+        agent = payload['agent']
+        if 'mean' in agent['actor']:  # an `ac_agent.Learner`, whose mean acts
+            slimmed['agent'] = {'actor': {'mean': halved(agent['actor']['mean'])}}
+        else:
+            slimmed['agent'] = {key: halved(agent[key]) for key in ('encoder', 'actor')}
     if 'model' in payload:
         slimmed['model'] = halved(payload['model'])
     with atomic_write(target) as tmp:

@@ -11,9 +11,7 @@ A clip is uint8 (T, H, W, 3), RGB, 0..255. A demonstration dataset has a folder 
                             pose in each frame, for evaluation only); an expert's has rewards
                             and expert_return, play's has actions and, where an imitator played,
                             player_sha256; frames_crc32, the checksum of the .npy. One's own
-                            videos have only `files`, their names, `fps`, their rates,
-                            `start_seed`, of the reset that looks most like their first frame,
-                            and `translator_sha256`, of the translator that compared them
+                            videos have only `files`, their names, and `fps`, their rates
         preview_00000.mp4   the first episodes, all contexts side by side: to look at
 
 Each json ends with the checksum of its own text. An episode is there once its json is: the frames

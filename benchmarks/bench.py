@@ -30,9 +30,9 @@ from evaluate import table, table_row
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import ac_agent
 import ct_model
 import generate_expert_video
+import imitation
 import train
 import train_ac
 import train_ct
@@ -111,12 +111,13 @@ def rendering(device, folder) -> Iterator[Row]:
     yield Row('environment step, pixels', 'frames', 40, *steps)
 
 
-def run(workspace, num_steps: int) -> Callable:
-    """Return what goes `num_steps` on in the run's own loop, which has all it needs to learn."""
+def run(workspace, num_steps: int, before: int = 2000) -> Callable:
+    """Return a function that goes `num_steps` on in the run's own loop. It has gone `before` steps
+    already, an expert's 2000 without updates (num_seed_frames), to fill the replay buffer."""
     def go(num_steps=num_steps):
-        workspace.run((workspace.global_step + num_steps) * workspace.cfg.action_repeat)
+        workspace.run((workspace.global_step + num_steps) * workspace.loop.action_repeat)
 
-    go(2000)  # without updates: num_seed_frames
+    go(before)
     return go
 
 
@@ -245,10 +246,11 @@ def imitating(device, folder) -> Iterator[Row]:
     generate_expert_video.generate(studio_cfg(folder / 'demos', num_train=8, num_valid=1,
                                               num_play=4, num_play_valid=0))
     cfg = config('train_ac', f'data_dir={folder}/demos', f'snapshot={ROOT}/ct/{TASK}.pt',
-                 'num_seed_frames=4000', *short(device))
+                 *short(device))
     workspace = train_ac.make_workspace(cfg, folder / 'imitation')
-    loop = run(workspace, 200)
-    model, _ = ac_agent.load_translator(cfg.snapshot, TASK, cfg.recipe, torch.device('cpu'), 'fp32')
+    loop = run(workspace, 200, before=200)
+    model, _ = imitation.load_translator(cfg.snapshot, TASK, cfg.recipe, torch.device('cpu'),
+                                         'fp32')
     horizon = 50
     suite, agent = PlainPixels(model.im_size), workspace.agent
     action = np.zeros(2, np.float32)

@@ -39,10 +39,11 @@ import dmc  # first: it chooses the OpenGL backend
 # isort: split
 from evaluate import table, table_row
 
-import ac_agent
 import generate_expert_video
+import imitation
 import utils
 import video
+from ac_agent import load_imitator
 from replay_buffer import ReplayBuffer
 
 TASK = 'reacher_easy'
@@ -68,7 +69,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
                      'model.code_dim=4', 'code.batch_size=8'],
         'train_ac': ['train_ac.py', *RUN, f'data_dir={videos}', 'num_train_frames=4000',
                      f'snapshot={folder}/train_ct/best.pt', 'num_pretrain_updates=20',
-                     'num_eval_demos=4', 'w_imagine=0']}
+                     'num_eval_demos=4']}
 
 
 def start(command: list[str], out: Path) -> subprocess.Popen:
@@ -142,7 +143,7 @@ def read_expert(path: Path):
 
 
 def read_translator(path: Path):
-    model, scores = ac_agent.load_translator(path, TASK, 'pose_code', CPU, 'fp32')
+    model, scores = imitation.load_translator(path, TASK, 'pose_code', CPU, 'fp32')
     return plain(model.state_dict()), scores
 
 
@@ -185,7 +186,7 @@ def malicious(path: Path, read: Callable) -> Counter:
     args = 'agent_args' if 'agent_args' in made else 'model_args'
     weights = 'agent' if args == 'agent_args' else 'model'
     sizes = [{key: size} for size in (60_000, 10 ** 6, 10 ** 12) for key in made[args]
-             if key in ('hidden_dim', 'hidden', 'z_dim', 'code_dim', 'num_frames', 'im_size')]
+             if key in ('hidden_dim', 'hidden', 'z_dim', 'code_dim', 'action_dim', 'im_size')]
     expanded = torch.zeros(1).expand(10 ** 11)
     for content in (Code(), {**made, weights: Code()}, {}, [], {**made, 'made_by': None},
                     {**made, args: None}, {**made, weights: expanded},
@@ -356,7 +357,7 @@ def campaign(folder: Path, rng: random.Random):
     imitator, root = folder / 'train_ac/snapshot.pt', folder / 'videos/play'
 
     def read_imitator():
-        _, agent = ac_agent.load_imitator(imitator, translator, folder / 'videos/train', TASK)
+        _, agent = load_imitator(imitator, translator, folder / 'videos/train', TASK)
         return plain(agent.state_dict())
     for kind, path, read in (('expert', expert, lambda: read_expert(expert)),
                              ('translator', translator, lambda: read_translator(translator)),

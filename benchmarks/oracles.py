@@ -1,11 +1,13 @@
-"""Train an imitator with what it never has: python benchmarks/oracles.py {reward,pose} task=...
+"""Train an imitator that differs from train_ac.py's in one thing: python benchmarks/oracles.py
+{pose,end,none,unconditioned} task=..., with train_ac.py's options.
 
-What it reaches beside train_ac.py with the same options tells what tracking, or the code, costs:
+pose: the true pose stands in for the code. It needs no pictures, so no video is filmed and no
+  translator is read: demonstrations and play are played anew, from the episodes' usual seeds.
+end: of a demonstration the agent sees the end alone.
+none: it sees nothing of the demonstration.
+unconditioned: the discriminator does not see targets.
 
-reward: the task's own reward is what the critic learns from, and no transition is relabelled;
-pose: the physical pose of each frame stands in for its code.
-
-The run's snapshot says which oracle made it, and nothing takes it for an imitator's.
+The run's snapshot says which of these made it, and nothing takes it for an imitator's.
 """
 import functools
 import sys
@@ -13,92 +15,117 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
-import ac_agent
 import dmc
+
+# isort: split
+import ac_agent
+import imitation
 import train_ac
 import utils
-from ac_agent import ACAgent, Demonstrations, Imitation, Translation
-from train import Workspace
+from ac_agent import ACAgent, Discriminator
+from contexts import Scenery
+from generate_expert_video import RandomPlay, draw_episode, film, load_expert
+from imitation import HISTORY, LOOKAHEAD, Demonstrations, Guide, Imitation, Play, Translation
+from logger import Progress
+from train import Loop, Workspace, agent_args
 from train_ct import pose_vectors
 
-
-class TaskReward(dmc.Wrapper):
-    """Keep the task's reward of the last step, which `Imitation` hides."""
-
-    def step(self, action):
-        time_step = self._env.step(action)
-        self.task_reward = time_step.reward
-        return time_step
+EPISODE_LEN = 50  # agent steps
 
 
-class RewardedImitation(Imitation):
-    """Imitation, but its reward is the task's."""
+class EndGuide(Guide):
+    """Shows the end of a demonstration in place of every target."""
 
-    def __init__(self, env, *args, **options):
-        super().__init__(TaskReward(env), *args, **options)
-
-    def step(self, action):
-        time_step = super().step(action)
-        return time_step if time_step.first() else time_step._replace(reward=self.task_reward)
+    def targets(self, i, steps):
+        return self.demos[i, -1:].expand(-1, len(LOOKAHEAD) + 1, -1)
 
 
-class RewardedAgent(ACAgent):
-    """An imitator whose critic learns from the replayed reward, also without targets. None are
-    relabelled: the task's reward does not follow from targets."""
+class NoGuide(Guide):
+    """Shows the nearest moment itself in place of every target."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options | {'relabel': 0.0, 'hindsight': 0.0})
-        self.discriminates = False
+    def targets(self, i, steps):
+        return self.demos[i, steps.clamp(0, self.demos.shape[1] - 1)][:, None].expand(
+            -1, len(LOOKAHEAD) + 1, -1)
+
+    def shown(self, i, history):
+        return history[:, :1].expand(-1, len(LOOKAHEAD) + 1, -1)
 
 
-def check_rewarded(cfg, check=train_ac.check_all_settings):
-    """Raise UserError for settings with which there is no run, or no critic in it."""
-    check(cfg)
-    if not cfg.w_critic:
-        raise utils.UserError("w_critic=0 leaves no critic to learn from the task's reward: set "
-                              'w_critic=1.')
+class UnconditionedDiscriminator(Discriminator):
+    """Sees codes without targets."""
+
+    def _seen(self, obs):
+        codes = obs[:, :HISTORY * self._layout.code_dim]
+        return torch.nn.functional.pad(codes, (0, self._layout.num_seen - codes.shape[1]))
+
+
+class Poses:
+    """Stands in for `video.Clips`: episodes of poses, without pictures."""
+
+    imported = False
+
+    def __init__(self, agent, env, split: str, seed: int, num: int):
+        """Play `num` episodes of a split with the expert, or at random if `agent` is None."""
+        scenery = OmegaConf.load(ROOT / 'cfgs/generate_expert_video.yaml').scenery
+        self._episodes, progress = [], Progress(num, 'episode')
+        for i in range(num):
+            episode_seed, _ = draw_episode(seed, split, i, 1, Scenery(scenery))
+            actor = agent or RandomPlay(episode_seed, env.action_spec().shape)
+            _, happened = film(env, actor, [], EPISODE_LEN, episode_seed, [])
+            self._episodes.append({
+                'episode_seed': episode_seed, 'contexts': [[], []], **happened,
+                'expert_return': sum(happened['rewards'])})
+            progress.show(i + 1)
+        progress.close()
+
+    def __len__(self) -> int:
+        return len(self._episodes)
+
+    def episode(self, i: int) -> dict:
+        return self._episodes[i]
+
+    def frames(self, i: int) -> np.ndarray:
+        return np.zeros((2, EPISODE_LEN + 1, 8, 8, 3), np.uint8)
+
+    def array(self, key: str) -> np.ndarray:
+        """Return what is known of all episodes, such as 'qpos', float64 (N, ...)."""
+        return np.array([episode[key] for episode in self._episodes])
 
 
 class PoseDemonstrations(Demonstrations):
-    """Videos whose features are the pose: sine and cosine of angles, and lengths, of unit variance.
+    """Demonstrations whose features are the pose: sine and cosine of angles, and lengths, of zero
+    mean and unit variance over demonstrations and play.
 
-    `pose` is that of the frame which `encode` is asked for next, float64 (nq,).
+    `pose` is the physical pose, float64 (nq,), of the frame that `encode` is asked for next.
     """
 
-    dynamics = None  # the code's do not fit
+    def __init__(self, clips: Poses, joints: list[str], scale: tuple[np.ndarray, np.ndarray]):
+        self.clips, self._joints, self.scale = clips, joints, scale
+        self._features = self.normalised(clips.array('qpos'))
+        self.feature_dim = self._features.shape[-1]
 
-    def __init__(self, model, clips, scale=None):
-        super().__init__(model, clips, ([0.0], 1.0))
-        poses = self._vectors(np.array([clips.episode(i)['qpos'] for i in range(len(clips))]))
-        flat = poses.reshape(-1, poses.shape[-1])
-        self.scale = scale or (flat.mean(0).tolist(), (flat.std(0) + 1e-6).tolist())
-        self.feature_dim, self._poses = flat.shape[1], self._normalised(poses)
+    def normalised(self, qpos: np.ndarray) -> torch.Tensor:
+        """Return features, float32 (..., D), of poses (..., nq)."""
+        mean, deviation = self.scale
+        return torch.from_numpy((pose_vectors(qpos, self._joints) - mean) / deviation).float()
 
-    def _vectors(self, qpos: np.ndarray) -> np.ndarray:
-        return pose_vectors(qpos, self.clips.meta['joints'])
+    def encode(self, frame):
+        return self.normalised(self.pose)
 
-    def _normalised(self, vectors: np.ndarray) -> torch.Tensor:
-        mean, std = map(np.array, self.scale)
-        return torch.from_numpy((vectors - mean) / std).float()
+    def features(self):
+        return self._features[:, None]
 
-    def encode(self, frame: np.ndarray) -> torch.Tensor:
-        return self._normalised(self._vectors(self.pose))
-
-    def features(self) -> torch.Tensor:
-        return self._poses
-
-    def translate(self, i: int, *args, **options) -> Translation:
-        return super().translate(i, *args, **options)._replace(features=self._poses[i])
-
-    def features_of(self, z: torch.Tensor) -> torch.Tensor:
-        return z  # nobody asks for the code's
+    def translate(self, i, sources, first, images=False):
+        return Translation(self._features[i], self.clips.frames(i)[0])
 
 
 class PoseBesideFrame(dmc.Wrapper):
-    """Tell the demonstrations the pose of each frame as it is rendered."""
+    """Draw nothing, and tell the demonstrations the pose."""
 
     def __init__(self, env, demos: PoseDemonstrations):
         super().__init__(env)
@@ -106,22 +133,46 @@ class PoseBesideFrame(dmc.Wrapper):
 
     def render(self, im_size: int) -> np.ndarray:
         self._demos.pose = self._env.qpos()
-        return self._env.render(im_size)
+        return np.zeros((8, 8, 3), np.uint8)
 
 
-class PoseImitation(Imitation):
-    """Imitation on the true pose."""
+def make_pose_workspace(cfg, work_dir: Path) -> Workspace:
+    """Return the run on true poses."""
+    train_ac.check_settings(cfg)
+    expert, env_args = load_expert(ROOT / f'experts/{cfg.task_name}.pt', cfg.task_name)
+    env, repeat = dmc.make(cfg.task_name, **env_args), env_args['action_repeat']
+    numbers = {'train': cfg.num_demos, 'valid': cfg.num_eval_demos, 'play': cfg.num_play}
+    clips = {split: Poses(None if split == 'play' else expert, env, split, 1, num)
+             for split, num in numbers.items()}
+    joints = env.joints()
+    poses = np.concatenate([pose_vectors(clips[split].array('qpos'), joints)
+                            for split in ('train', 'play')])
+    scale = poses.mean((0, 1)), poses.std((0, 1)) + 1e-6
+    demos, eval_demos = (PoseDemonstrations(clips[split], joints, scale)
+                         for split in ('train', 'valid'))
+    play = Play(demos.normalised(clips['play'].array('qpos')),
+                torch.from_numpy(clips['play'].array('actions')).float())
 
-    def __init__(self, env, demos: PoseDemonstrations, *args, **options):
-        super().__init__(PoseBesideFrame(env, demos), demos, *args, **options)
+    def make_env(demos: PoseDemonstrations, evaluate: bool) -> Imitation:
+        env = dmc.ActionRepeat(dmc.load_suite(cfg.task_name), repeat)
+        return Imitation(PoseBesideFrame(env, demos), demos, 8, evaluate)
+    train_env, eval_env = make_env(demos, False), make_env(eval_demos, True)
+    return train_ac.Workspace(
+        cfg, work_dir, 'imitator', train_env, eval_env,
+        functools.partial(ACAgent, demos=demos.features(), play=play),
+        agent_args(cfg, ACAgent, train_env), Loop(repeat), {'recipe': cfg.recipe},
+        utils.load_last(work_dir, 'imitator', cfg.task_name))
 
 
-ORACLES = {'reward': {'Imitation': RewardedImitation, 'ACAgent': RewardedAgent,
-                      'check_all_settings': check_rewarded},
-           'pose': {'Imitation': PoseImitation, 'Demonstrations': PoseDemonstrations}}
+# What each oracle puts in the place of what: module, name, stand-in.
+ORACLES = {
+    'pose': [(train_ac, 'make_workspace', make_pose_workspace)],
+    'end': [(module, 'Guide', EndGuide) for module in (imitation, ac_agent)],
+    'none': [(module, 'Guide', NoGuide) for module in (imitation, ac_agent)],
+    'unconditioned': [(ac_agent, 'Discriminator', UnconditionedDiscriminator)]}
 
 
-def make_workspace(oracle: str, *args, **options) -> Workspace:
+def marked_workspace(oracle: str, *args, **options) -> Workspace:
     """Return a `Workspace` whose snapshots say which oracle made them."""
     *args, made_by, last = args
     return Workspace(*args, made_by | {'oracle': oracle}, last, **options)
@@ -129,12 +180,12 @@ def make_workspace(oracle: str, *args, **options) -> Workspace:
 
 def main():
     if len(sys.argv) < 2 or sys.argv[1] not in ORACLES:
-        raise utils.UserError('usage: python benchmarks/oracles.py {reward,pose} task=TASK ...')
+        raise utils.UserError(f"usage: python benchmarks/oracles.py {{{','.join(ORACLES)}}} "
+                              'task=TASK ...')
     oracle, command = sys.argv.pop(1), utils.command
-    for name, stand_in in ORACLES[oracle].items():
-        for module in (ac_agent, train_ac):
-            setattr(module, name, stand_in)
-    train_ac.Workspace = functools.partial(make_workspace, oracle)
+    for module, name, stand_in in ORACLES[oracle]:
+        setattr(module, name, stand_in)
+    train_ac.Workspace = functools.partial(marked_workspace, oracle)
     utils.command = lambda: command().replace('train_ac.py', f'benchmarks/oracles.py {oracle}', 1)
     train_ac.main()
 

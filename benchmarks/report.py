@@ -79,7 +79,7 @@ class Run(NamedTuple):
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if value is None:  # or no key of the settings, but a choice of a file
-            value = self.options.get(key, 'clock' if key == 'timing' else None)  # of older runs
+            value = self.options.get(key)
         return value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))
 
     @property

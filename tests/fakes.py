@@ -22,9 +22,9 @@ import contexts
 import dmc
 import utils
 import video
-from ac_agent import Translation
 from ct_model import ContextTranslator
 from drqv2 import DrQV2Agent
+from imitation import Translation
 from train_ac import WORKED
 
 ROOT = Path(__file__).parent.parent
@@ -285,6 +285,8 @@ class FakeClips:
     """A fake of `video.Clips`: frames (N, C, T+1, H, W, 3), what is known of each episode, and of
     all."""
 
+    imported = False
+
     def __init__(self, frames, episodes=(), **meta):
         self._frames, self._episodes, self.meta = frames, episodes, meta
 
@@ -309,7 +311,8 @@ class Stored:
 
 
 class FakeDemos:
-    """A fake of `ac_agent.Demonstrations`: three episodes in three contexts, frame t is t all over.
+    """A fake of `imitation.Demonstrations`: three episodes in three contexts; frame t is t all
+    over.
 
     Features are a frame's red and its green; the translation is perfect. `asked` keeps the last
     request for one: episode, source contexts, whether for images.
@@ -336,9 +339,6 @@ class FakeDemos:
         frames = np.array(self.clips.frames(i)[0])
         return Translation(torch.stack([self.encode(frame) for frame in frames]),
                            frames if images else None)
-
-    def image_variance(self):
-        return 0.01
 
 
 def kind_of(scenery: contexts.Scenery, context: np.ndarray) -> contexts.Kind:

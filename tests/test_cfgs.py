@@ -44,14 +44,18 @@ def test_every_task_file_composes(task):
 
 
 @pytest.mark.parametrize('task', [*FILES, *TIERS])
-def test_task_files_speak_of_drqv2_and_of_the_imitators_exceptions_alone(task):
+def test_task_files_say_their_name_their_tier_and_drqv2s_exceptions_alone(task):
     """So that what is said of one script holds with each task."""
     file = OmegaConf.load(CFGS / f'task/{task}.yaml')
-    said = file.keys()
-    assert said <= {'defaults', 'task_name', 'drqv2', 'imitator'}
-    assert file.get('imitator', {}).keys() <= {'lookahead', 'timing', 'num_actions', 'w_imagine',
-                                               'w_critic'}
-    assert ('task_name' in said) == (task in FILES)
+    if task in TIERS:
+        assert file == {'drqv2': file.drqv2}
+        assert file.drqv2.keys() == {'num_train_frames', 'stddev_schedule'}
+        return
+    assert file.keys() - {'drqv2'} == {'defaults', 'task_name'} and file.task_name == task
+    tier, own = file.defaults
+    assert tier in TIERS and own == '_self_'
+    assert file.get('drqv2', {}).keys() <= {'nstep', 'batch_size', 'replay_buffer_size', 'lr',
+                                            'feature_dim'}
 
 
 # One of each kind: a tier alone, an exception in each key that a file names, and no file at all.
@@ -60,34 +64,36 @@ KINDS = ['finger_spin', 'finger_turn_easy', 'reacher_hard', 'walker_walk', 'walk
 
 
 def own_values(cfg):
-    """All but the task's name, what train.py takes from `drqv2`, and the imitator's exceptions."""
+    """Return all settings but the task's name and what train.py takes from `drqv2`."""
     values = OmegaConf.to_container(cfg, resolve=True)
-    del values['task_name']
-    own = ('lookahead', 'timing', 'num_actions', 'w_imagine', 'w_critic')
-    for key in ('drqv2', 'imitator', *(own if values.get('recipe') == 'pose_code' else ())):
-        values.pop(key, None)
-    return values
+    return {key: value for key, value in values.items() if key not in ('task_name', 'drqv2')}
 
 
 @pytest.mark.parametrize('script, recipe', [
     ('generate_expert_video', None), ('train_ct', 'pose_code'), ('train_ct', 'liu2017'),
     ('train_ac', 'pose_code'), ('train_ac', 'liu2017')])
-def test_a_task_files_values_of_drqv2_apply_to_train_alone(script, recipe):
+def test_with_any_task_all_settings_but_trains_are_the_same(script, recipe):
+    """Only the paths that contain its name differ."""
     overrides = [f'recipe={recipe}'] if recipe else []
-    cfgs = {task: cfg_of(script, f'task={task}', *overrides) for task in KINDS}
-    common = [str(own_values(cfg)).replace(task, '<task>') for task, cfg in cfgs.items()]
-    assert len(set(common)) == 1
+    cfgs = {task: cfg_of(script, f'task={task}', *overrides)
+            for task in (FILES + ['fish_swim'] if script == 'train_ac' else KINDS)}
+    paths = 'snapshot', 'data_dir', 'out_dir', 'translator'
+    first, *others = [{key: value.replace(task, '<task>') if key in paths else value
+                       for key, value in own_values(cfg).items()} for task, cfg in cfgs.items()]
+    for values in others:
+        assert values == first
     for task, cfg in cfgs.items():
         assert cfg.task_name == task
         if script == 'train_ct':
             assert (cfg.batch_size, cfg.frames_per_clip) == (8, 8)
             assert cfg.num_train_steps in (6000, 8000)
             assert cfg.lr == f'linear(1e-3,1e-4,{cfg.num_train_steps})'
-        if script == 'train_ac':
-            assert (cfg.batch_size, cfg.nstep, cfg.replay_buffer_size) == (256, 1, 1_000_000)
-            assert cfg.feature_dim is None
-            assert cfg.lr == {'pose_code': 1e-3, 'liu2017': 5e-4}[recipe]
-            assert cfg.num_train_frames == {'pose_code': 40_000, 'liu2017': 100_000}[recipe]
+
+
+@pytest.mark.parametrize('recipe', ['pose_code', 'liu2017'])
+def test_an_imitator_has_few_settings(recipe):
+    """Hydra's and train.py's not counted."""
+    assert len(utils.flat(own_values(cfg_of('train_ac', f'recipe={recipe}')))) <= 24  # and the task
 
 
 @pytest.mark.parametrize('task, changes', [
@@ -104,14 +110,14 @@ def test_a_task_files_values_of_drqv2_reach_train(task, changes):
     assert {key: cfg[key] for key in published} == published | changes
 
 
-@pytest.mark.parametrize('script, agent', [('train', DrQV2Agent), ('train_ac', ACAgent)])
-def test_what_an_agent_takes_is_set_in_cfgs(script, agent):
+@pytest.mark.parametrize('script, agent, others', [
+    ('train', DrQV2Agent, {'device'}),
+    ('train_ac', ACAgent, {'device', 'demos', 'play', 'discount', 'stddev'})])
+def test_what_an_agent_takes_is_set_in_cfgs(script, agent, others):
     env = dmc.make('reacher_easy', obs='states')
     cfg = cfg_of(script)
     args = train.agent_args(cfg, agent, env)
-    takes = {name for each in agent.__mro__ for name in inspect.signature(each).parameters}
-    others = {'device', 'args', 'kwargs', 'drqv2_args', 'demos', 'play', 'dynamics',
-              'feature_dim_of_frame'}
+    takes = inspect.signature(agent).parameters.keys()
     assert args.keys() == takes - others
     sizes = {'obs_shape': [6], 'action_dim': 2}
     assert args == {name: cfg[name] for name in args.keys() - sizes} | sizes
@@ -128,28 +134,6 @@ def test_a_users_word_stands_above_the_task_files():
     assert (cfg.num_train_frames, cfg.lr, cfg.feature_dim) == (600_000, 3e-4, None)
 
 
-def test_a_task_file_may_say_otherwise_of_its_imitator():
-    def said(*overrides):
-        cfg = cfg_of('train_ac', *overrides)
-        return cfg.lookahead, cfg.num_actions, cfg.max_shift, cfg.w_imagine, cfg.w_critic
-    targets = [1, 2, 3, 5, 8, 12]
-    assert said('task=cheetah_run') == (targets, 0, 6, 0, 0)
-    assert said('task=reacher_hard') == said('task=reacher_easy') == (targets, 0, 6, 1, 0)
-    assert said('task=finger_spin') == ([], 0, 6, 0, 1)
-    assert said('task=cup_catch') == ([], 0, 6, 0, 1)
-    assert said('task=finger_turn_easy') == (targets, 0, 6, 1, 0)
-    assert said('task=walker_walk') == ([], 2, 6, 0, 1)
-    assert said('task=walker_walk', 'recipe=liu2017') == ([1, 3, 6, 12], 0, 0, 0, 1)
-    assert cfg_of('train_ac', 'task=finger_turn_easy', 'w_imagine=0').w_imagine == 0
-    assert cfg_of('train_ac', 'task=finger_spin', 'recipe=liu2017').lookahead == [1, 3, 6, 12]
-
-
-@pytest.mark.parametrize('task', [task for task in FILES if 'imitator' in OmegaConf.load(
-    CFGS / f'task/{task}.yaml')])
-def test_what_a_task_file_says_of_its_imitator_makes_a_run(task):
-    train_ac.check_all_settings(cfg_of('train_ac', f'task={task}', 'action_repeat=2'))
-
-
 def test_recipes():
     """The paper's knows nothing of play and clones nothing."""
     cfg = cfg_of('train_ct', 'recipe=liu2017')
@@ -158,12 +142,13 @@ def test_recipes():
     cfg = cfg_of('train_ct')
     assert (cfg.recipe, cfg.play_share, cfg.model.code_dim) == ('pose_code', 0.5, 16)
     assert cfg.code.lr == f'linear(1e-3,1e-5,{cfg.code.num_steps})'
-    cfg = cfg_of('train_ac', 'recipe=liu2017')
-    assert (cfg.recipe, cfg.w_clone, cfg.w_imagine, cfg.w_critic) == ('liu2017', 0, 0, 1)
-    assert (cfg.reward_scale, cfg.time_power) == (None, 2)
-    cfg = cfg_of('train_ac', 'task=cheetah_run')
-    assert (cfg.recipe, cfg.w_clone, cfg.w_imagine, cfg.w_critic) == ('pose_code', 1, 0, 0)
-    assert (cfg.reward_scale, cfg.time_power) == (0.1, 0)
+    own = {'pose_code': {'num_play', 'num_pretrain_updates', 'w_clone', 'w_value'},
+           'liu2017': {'liu2017'}}
+    for recipe, other in (list(own), list(own)[::-1]):
+        cfg = cfg_of('train_ac', f'recipe={recipe}')
+        assert cfg.recipe == recipe and own[recipe] <= cfg.keys() and not own[other] & cfg.keys()
+    assert cfg.liu2017.w_img == 1
+    assert (cfg_of('train_ac').w_clone, cfg_of('train_ac').w_value) == (1, 1)
     for script in ('train_ct', 'train_ac'):
         with pytest.raises(MissingConfigException, match='other'):
             cfg_of(script, 'recipe=other')
@@ -196,7 +181,7 @@ def test_help_lists_tasks_and_options(script, capsys, monkeypatch):
         assert '=' in line.split()[0] and len(line.split()) > 1
     said = {word.partition('=')[0] for word in out.split() if '=' in word}
     assert {key for key in utils.flat(OmegaConf.to_container(cfg_of(script)))
-            if not key.startswith(('task_name', 'drqv2.', 'imitator.'))} <= said
+            if not key.startswith(('task_name', 'drqv2.'))} <= said
 
 
 def test_help_shows_what_a_recipe_says(capsys, monkeypatch):
@@ -222,8 +207,8 @@ def test_it_is_said_of_every_key_what_it_may_be(script, variant):
 
 
 def test_of_no_other_key():
-    known = {f'{script}.{key}' for script in SCRIPTS
-             for key in utils.flat(OmegaConf.to_container(cfg_of(script)))}
+    known = {f'{script}.{key}' for script, variant in VARIANTS
+             for key in utils.flat(OmegaConf.to_container(cfg_of(script, variant)))}
     rules = [key for keys in yaml.safe_load((CFGS / 'allowed.yaml').read_text()).values()
              for key in keys]
     assert len(rules) == len(set(rules))
@@ -298,12 +283,14 @@ BAD = {
         (f'code.window={Dynamics.HISTORY}', f'set code.window={Dynamics.HISTORY + 1}'),
         ('code.batch_size=1', 'set code.batch_size=2'), ('max_grad_norm=0', 'a number above 0')],
     'train_ac': [
-        ('time_power=cubic', 'a number from 0: set time_power=2'),
-        ('lookahead=3', 'a list of whole'),
-        ('lookahead=[1,0]', 'set lookahead=[1,3,6,12]'), ('lookahead=[1.5]', 'a list of whole'),
-        ('reward_scale=0', 'above 0 or null: set reward_scale=0.1'), ('relabel=2', 'from 0 to 1'),
-        ('action_repeat=0', 'or null: set action_repeat=1'), ('num_play=0', 'set num_play=1'),
-        ('max_shift=0.5', 'set max_shift=0'), ('expert=', 'a path')]}
+        ('w_clone=-1', 'a number from 0: set w_clone=1'), ('w_value=null', 'set w_value=1'),
+        ('num_play=0', 'leaves nothing to learn actions from: set num_play=1 or more'),
+        ('num_play=-1', 'a whole number from 0'), ('num_demos=0', 'set num_demos=1'),
+        ('num_eval_demos=0', 'set num_eval_demos=1'), ('num_eval_episodes=0', 'set num_eval'),
+        ('num_pretrain_updates=-1', 'set num_pretrain_updates=0'), ('lr=0', 'set lr=1e-3'),
+        ('lr="linear(1e-3,1e-4,20000)"', 'set lr=1e-3'), ('batch_size=0', 'set batch_size=1'),
+        ('precision=fp8', 'set precision=fp32'), ('snapshot=', 'a path'),
+        ('data_dir=null', 'a path')]}
 
 
 @pytest.mark.parametrize('script, setting, words', [
@@ -322,7 +309,8 @@ def test_a_bad_setting_is_refused_in_a_sentence_and_nothing_is_written(refusal, 
     ('train', '++lrr=1', ['no option lrr', 'lr']),
     ('train', 'hiden_dim=9', ['hiden_dim', 'hidden_dim']),
     ('train_ac', 'num_demo=9', ['num_demos']), ('train_ac', '+agent.lr=1', ['agent.lr', 'lr']),
-    ('train_ac', 'lokahead=[1]', ['lookahead']),
+    ('train_ac', 'w_clon=1', ['w_clone']), ('train_ac', 'liu2017.w_img=1', ['no option liu2017']),
+    ('train_ac', 'expert=x', ['no option expert']), ('train_ac', 'action_repeat=2', ['no option']),
     ('train_ct', 'code.wieghts.noise=1', ['code.weights.noise']),
     ('train_ct', 'window=7', ['code.window']), ('train', 'lr.foo=1', ['no option lr.foo']),
     ('generate_expert_video', '+scenery.walls.enabled=true', ['scenery.walls.enabled', '.enabled']),
@@ -333,7 +321,7 @@ def test_a_bad_setting_is_refused_in_a_sentence_and_nothing_is_written(refusal, 
     ('train', 'lr', ['key=value']), ('train', 'seed=1,2', ['seed=1,2', 'add -m']),
     ('train', '--verbose', ['--verbose', '--help']), ('train_ct', 'recipe=lui2017', ['liu2017']),
     ('train_ct', 'ct=lui2017', ['no ct=lui2017', 'liu2017']), ('train', 'task=3', ['no task=3']),
-    ('train', 'lookahead=[1]', ['no option lookahead; --help lists them all.']),
+    ('train', 'xyzzy=[1]', ['no option xyzzy; --help lists them all.']),
     ('train', 'obs=sounds', ['obs=sounds', 'states']),
     ('train', 'hydra/launcher=nowhere', ['hydra/launcher/nowhere']),
     ('train', f'hydra.run.dir={__file__}', ['test_cfgs.py is a file: set hydra.run.dir to']),
@@ -356,8 +344,16 @@ def test_all_runs_of_a_sweep_are_checked_before_the_first(refusal):
     for argument in ('seed=glob(*)', 'task=glob(walker_*)', 'discount=interval(0,1)'):
         assert f'{argument} does not say which values' in refusal('train', '-m', argument)
     assert 'batch_size=0' in refusal('train', '-m', 'batch_size=range(2,-1,-1)')
-    assert 'lookahead=[]' in refusal('train_ac', '-m', 'task=cheetah_run,finger_spin', 'w_clone=0',
-                                     'w_critic=1')
+    assert 'w_clone and w_value are both 0' in refusal('train_ac', '-m', 'w_value=1,0', 'w_clone=0')
+
+
+def test_settings_of_one_recipe_are_refused_and_checked_with_it(refusal):
+    for setting in ('num_play=9', 'w_value=1', 'num_pretrain_updates=9', 'w_clone=1'):
+        assert f"no option {setting.partition('=')[0]};" in refusal(
+            'train_ac', 'recipe=liu2017', setting)
+    for setting in ('w_img=-1', 'num_seed_frames=-1', 'stddev_schedule=cosine'):
+        assert f'set liu2017.{setting.partition("=")[0]}=' in refusal(
+            'train_ac', 'recipe=liu2017', f'liu2017.{setting}')
 
 
 def test_hydras_own_flags_and_help_end_well():
@@ -393,5 +389,4 @@ def test_the_papers_hyperparameters():
 def test_what_the_task_file_says_of_the_expert_is_not_said_of_the_imitator():
     cfg = cfg_of('train_ac', 'task=humanoid_run')
     assert cfg.num_train_frames < 1_000_000 and cfg.lr != 8e-5
-    assert cfg.action_repeat is None  # until it is known which expert is imitated
     assert cfg_of('train', 'task=reacher_hard', 'obs=states').feature_dim is None

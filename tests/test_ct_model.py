@@ -1,4 +1,3 @@
-import numpy as np
 import plain
 import pytest
 import torch
@@ -10,7 +9,6 @@ from ct_model import (
     Dynamics,
     PoseCode,
     SkipDeconv,
-    StillEncoder,
     moving,
     to_float,
     to_uint8,
@@ -202,41 +200,6 @@ def make_dynamics(code_dim=2, action_dim=1, still=False, **options) -> Dynamics:
         torch.nn.init.zeros_(member[-1].weight)
         torch.nn.init.zeros_(member[-1].bias)
     return dynamics
-
-
-def test_the_loss_of_what_stands_still_by_hand():
-    torch.manual_seed(0)
-    still = StillEncoder(16, channels=(4, 4), hidden=8, dim=3)
-    pairs = torch.randint(256, (5, 2, 16, 16, 3), dtype=torch.uint8)
-    with torch.no_grad():
-        first, second = still(pairs[:, 0]).double(), still(pairs[:, 1]).double()
-    odds = torch.tensor([[-(a - b).square().sum() for b in second] for a in first])
-    expected = -(odds.log_softmax(0).diag() + odds.log_softmax(1).diag()).mean() / 2
-    torch.testing.assert_close(still.loss(pairs).detach().double(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_what_stands_still_is_found_in_other_colours_and_at_another_time():
-    """A bright square stands still, a dark one is anywhere; the background has any colour."""
-    rng = np.random.default_rng(0)
-
-    def draw(x, y):
-        image = np.tile(rng.uniform(80, 160, 3), (16, 16, 1))
-        for (i, j), value in ((rng.integers(13, size=2), 0), ((x, y), 255)):
-            image[i:i + 3, j:j + 3] = value
-        return image
-    places = rng.integers(13, size=(400, 2))
-    pairs = torch.tensor(np.array([[draw(*place) for _ in range(2)] for place in places])).byte()
-    torch.manual_seed(0)
-    still = StillEncoder(16, channels=(8, 16), hidden=64, dim=8)
-    optimizer = torch.optim.Adam(still.parameters(), 3e-3)
-    for _ in range(200):
-        optimizer.zero_grad()
-        still.loss(pairs[torch.randint(300, (64,))]).backward()
-        optimizer.step()
-    with torch.no_grad():
-        nearest = torch.cdist(still(pairs[300:, 0]), still(pairs[:300, 1])).argmin(1)
-    off = abs(places[300:] - places[nearest]).max(1)
-    assert np.median(off) <= 1  # of 13; at random 5
 
 
 def test_dynamics_predict_the_change_of_velocity():

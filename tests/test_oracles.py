@@ -1,75 +1,95 @@
-import contextlib
-from types import SimpleNamespace
+import functools
+import sys
 
 import numpy as np
+import oracles
 import pytest
 import torch
-from fakes import FakeClips, FakeDemos, FakeEnv, Stored
+from fakes import CFGS, save_expert, settings
 from oracles import (
+    EndGuide,
+    NoGuide,
     PoseBesideFrame,
     PoseDemonstrations,
-    RewardedAgent,
-    RewardedImitation,
-    check_rewarded,
+    UnconditionedDiscriminator,
 )
 
-from ac_agent import Layout, Play, Reward
+import ac_agent
+import dmc
+import train_ac
+from imitation import LOOKAHEAD, NUM_ACTIONS, Guide, Layout
 from utils import UserError
 
-LAYOUT = Layout(2, 1, (1,), 0, 2)
 
+class ThreePoses:
+    """An arm on a cart that has travelled."""
 
-def test_the_reward_is_the_task_s():
-    env, plain = RewardedImitation(FakeEnv(), FakeDemos(), LAYOUT, Reward(), 8), FakeEnv()
-    start = env.reset(episode_seed=3)
-    assert start.first() and start.reward is None
-    plain.reset(episode_seed=env.start_seed)
-    action = np.array([0.5, -0.5], np.float32)
-    for _ in range(4):
-        time_step = env.step(action)
-        assert time_step.reward == plain.step(action).reward
-    assert time_step.last() and env.step(action).first()
+    poses = np.array([[9.0, 1.0, 0.0], [5.0, 2.0, np.pi / 2], [7.0, 6.0, np.pi]])
 
-
-def test_without_targets_the_critic_learns_from_what_is_replayed():
-    agent = RewardedAgent([3], 2, 2, 1, [], w_critic=1.0, w_clone=1.0, hidden_dim=8, relabel=0.4,
-                          hindsight=0.4, feature_dim=None, demos=torch.zeros(1, 5, 2),
-                          play=Play(torch.zeros(1, 5, 2), torch.zeros(1, 4, 2)))
-    obs, rewards = torch.zeros(4, 3), torch.full((4, 1), 7.0)
-    replay = Stored([obs, torch.zeros(4, 2), rewards, torch.ones(4, 1), obs])
-    assert (agent.draw(replay, 4)[2] == 7).all()
-
-
-@pytest.mark.parametrize('w_critic, words', [(0, 'w_critic=0 leaves no critic .*: set w_critic=1'),
-                                             (1, None)])
-def test_the_reward_takes_a_critic(w_critic, words):
-    cfg, checked = SimpleNamespace(w_critic=w_critic), []
-    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
-        check_rewarded(cfg, checked.append)
-    assert checked == [cfg]
-
-
-POSES = [[9.0, 1.0, 0.0], [5.0, 2.0, np.pi / 2], [7.0, 6.0, np.pi]]
+    def array(self, key):
+        return {'qpos': self.poses[None]}[key]
 
 
 @pytest.fixture
 def demos():
-    """Three poses of an arm on a cart that has travelled."""
-    clips = FakeClips([None], [{'qpos': POSES}], joints=['travel', 'slide', 'hinge'])
-    model = SimpleNamespace(feature_dim=9, code=True, parameters=lambda: iter([torch.zeros(1)]))
-    return PoseDemonstrations(model, clips)
+    scale = np.array([0.5, 0.0, 3.0]), np.array([0.5, 1.0, 2.0])  # of sine, cosine, length
+    return PoseDemonstrations(ThreePoses(), ['travel', 'slide', 'hinge'], scale)
 
 
 def test_features_are_the_pose_without_travel(demos):
-    features = demos.features()
-    assert demos.feature_dim == 3 and features.shape == (1, 3, 3)  # sine, cosine, length
-    torch.testing.assert_close(features.mean(1), torch.zeros(1, 3), atol=1e-6, rtol=0)
-    torch.testing.assert_close(features.std(1, correction=0), torch.ones(1, 3), atol=1e-4, rtol=0)
-    assert features[0, 1, 0] == features[0].amax(0)[0]  # the sine of a right angle
+    expected = [[[-1, 1, -1], [1, 0, -0.5], [-1, -1, 1.5]]]
+    torch.testing.assert_close(demos.features()[:, 0], torch.tensor(expected), atol=1e-6, rtol=0)
+    assert demos.feature_dim == 3
 
 
-def test_a_rendered_frame_is_encoded_as_its_pose(demos):
-    env = SimpleNamespace(render=lambda im_size: np.zeros((im_size, im_size, 3), np.uint8),
-                          qpos=lambda: np.array(POSES[2]))
-    frame = PoseBesideFrame(env, demos).render(8)
-    torch.testing.assert_close(demos.encode(frame), demos.features()[0, 2])
+def test_nothing_is_drawn_and_the_pose_is_encoded(demos):
+    class Env:
+        def qpos(self):
+            return ThreePoses.poses[1]
+    frame = PoseBesideFrame(Env(), demos).render(64)
+    assert not frame.any()
+    torch.testing.assert_close(demos.encode(frame), demos.features()[0, 0, 1])
+
+
+def test_guides_that_show_less():
+    shown, i, steps = torch.randn(2, 9, 3), torch.tensor([1, 0]), torch.tensor([2, 5])
+    end, none = (guide(shown[:, None]).targets(i, steps) for guide in (EndGuide, NoGuide))
+    assert end.shape == none.shape == (2, len(LOOKAHEAD) + 1, 3)
+    assert (end == shown[i, -1][:, None]).all() and (none == shown[i, steps][:, None]).all()
+    history = torch.randn(2, 3, 3)
+    assert (NoGuide(shown[:, None]).shown(i, history) == history[:, :1]).all()
+    assert not (Guide(shown[:, None]).shown(i, history) == history[:, :1]).any()
+
+
+def test_a_discriminator_without_targets_rewards_all_targets_alike():
+    layout, guide = Layout(2, 1), Guide(torch.randn(3, 1, 6, 2))
+    discriminator = UnconditionedDiscriminator(layout, guide, 8, 1e-3, torch.device('cpu'))
+    history, actions = torch.randn(1, 3, 2), torch.zeros(1, NUM_ACTIONS, 1)
+    obs = [layout.join(history, targets, actions) for targets in torch.randn(2, 1, 7, 2)]
+    moved = layout.join(history + torch.tensor([[[1.0], [0.0], [0.0]]]), torch.randn(1, 7, 2),
+                        actions)
+    one, other, third = (discriminator.reward(x) for x in (*obs, moved))
+    assert one == other != third
+
+
+def test_an_oracle_of_the_pose_learns_resumes_and_is_taken_for_no_imitator(tmp_path, monkeypatch):
+    save_expert(tmp_path / 'experts/reacher_hard.pt', 'reacher_hard')
+    monkeypatch.setattr(oracles, 'ROOT', tmp_path)
+    (tmp_path / 'cfgs').symlink_to(CFGS)
+    monkeypatch.setattr(train_ac, 'Workspace', functools.partial(oracles.marked_workspace, 'pose'))
+    cfg = settings('train_ac', 'device=cpu', 'use_tb=false', 'save_video=false', 'num_demos=2',
+                   'num_play=2', 'num_eval_demos=2', 'num_train_frames=200', 'hidden_dim=16',
+                   'batch_size=8', 'num_eval_episodes=2', 'num_pretrain_updates=2')
+    monkeypatch.setattr(dmc.SuiteEpisodes, 'camera', None)  # nothing is drawn
+    workspace = oracles.make_pose_workspace(cfg, tmp_path / 'run')
+    workspace.run(100)
+    workspace.save_snapshot()
+    assert oracles.make_pose_workspace(cfg, tmp_path / 'run').global_step == 50
+    with pytest.raises(UserError, match='was trained by an oracle, which sees what an imitator'):
+        ac_agent.load_imitator(tmp_path / 'run/snapshot.pt', 'ct.pt', 'videos', 'reacher_hard')
+
+
+def test_usage_is_told(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['oracles.py', 'pse'])
+    with pytest.raises(UserError, match='usage: .*pose,end,none,unconditioned'):
+        oracles.main()

@@ -14,7 +14,7 @@ CONFIG = """task_name: reacher_hard
 seed: 2
 num_demos: 30
 num_play: 200
-w_critic: 0.0
+w_value: 0.0
 lookahead: [1, 2]
 recipe: pose_code
 snapshot: ct/none.pt
@@ -83,16 +83,16 @@ def test_a_row_sums_up_a_task(run):
 def test_rows_are_named_by_what_differs_in_truth(run, tmp_path):
     """Whether an option was given or not, and however its number is written."""
     others = [write_run(tmp_path / 'b', seed=3), write_run(tmp_path / 'c', num_demos=100),
-              write_run(tmp_path / 'd', seed=4, w_critic=0), write_run(tmp_path / 'e', w_critic=1),
+              write_run(tmp_path / 'd', seed=4, w_value=0), write_run(tmp_path / 'e', w_value=1),
               write_run(tmp_path / 'f', seed=5, num_demos='3_0'),
               write_run(tmp_path / 'g', lookahead='[]', seed=3, sha256='f' * 64),
               write_run(tmp_path / 'h', task='finger_spin', seed=9)]
     tasks = read(run, *others)
     assert [row[:2] for row in rows(tasks)] == [
         ['reacher_hard `base`', '2, 3, 4, 5'], ['reacher_hard `num_demos=100`', '2'],
-        ['reacher_hard `w_critic=1`', '2'],
+        ['reacher_hard `w_value=1`', '2'],
         ['reacher_hard `lookahead=[] translator=ffffffff`', '3'], ['finger_spin', '9']]
-    assert tasks[0].base == 'lookahead=[1,2] num_demos=30 w_critic=0 translator=12345678'
+    assert tasks[0].base == 'lookahead=[1,2] num_demos=30 w_value=0 translator=12345678'
 
 
 def test_a_run_of_an_oracle_has_a_row_of_its_own(run, tmp_path):
@@ -103,7 +103,7 @@ def test_a_run_of_an_oracle_has_a_row_of_its_own(run, tmp_path):
     assert task.base.endswith(' oracle=none')
 
 
-def test_a_run_on_ones_own_videos_has_no_score(tmp_path):
+def test_a_run_on_own_videos_has_no_score(tmp_path):
     folder = write_run(tmp_path / 'own', made_by={'mp4_sha256': 'none'})
     for name in ('eval.csv', 'episodes.csv'):
         text = (folder / name).read_text().replace('expert_return', 'distance')

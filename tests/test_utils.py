@@ -15,12 +15,15 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fakes import ROOT, run, run_in_turn, start
 
 import train
 import utils
+from ac_agent import ACAgent
+from imitation import Layout, Play
 from utils import UserError
 
 
@@ -152,8 +155,8 @@ def test_a_runs_folder_alone_stands_for_its_options(tmp_path):
     folder = f'hydra.run.dir={tmp_path}'
     assert utils.with_own_options([folder]) == [folder]  # a new run
     (tmp_path / '.hydra').mkdir()
-    (tmp_path / '.hydra/overrides.yaml').write_text('- task=finger_spin\n- lookahead=[1,2]\n')
-    assert utils.with_own_options([folder]) == [folder, 'task=finger_spin', 'lookahead=[1,2]']
+    (tmp_path / '.hydra/overrides.yaml').write_text('- task=finger_spin\n- channels=[1,2]\n')
+    assert utils.with_own_options([folder]) == [folder, 'task=finger_spin', 'channels=[1,2]']
     for others in ([folder, 'seed=2'], ['task=reacher_hard'], []):
         assert utils.with_own_options(others) == others
     for damaged in (b'- [', b'- 3', b'\x00', b'\xff', b'word'):
@@ -192,7 +195,7 @@ def test_what_may_not_be_read_is_told(tmp_path, monkeypatch):
 
 
 def test_a_path_is_typed_so_that_shell_and_hydra_read_it():
-    for path in ('exp_local/a-1/seed1/snapshot.pt', 'a b/lookahead[1,2]/x.pt', 'k=v/linear(1,2)'):
+    for path in ('exp_local/a-1/seed1/snapshot.pt', 'a b/channels[1,2]/x.pt', 'k=v/linear(1,2)'):
         [typed] = shlex.split(utils.typed_path('snapshot', path))
         assert utils.parse_override(typed).value() == path
 
@@ -281,13 +284,20 @@ def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
         with pytest.raises(UserError, match='is a folder, or does not end in .pt'):
             utils.slim(tmp_path / 'run.pt', tmp_path / target)
 
-    agent['policy'] = agent['actor']  # an imitator acts with another actor than it trains
-    (tmp_path / 'run.pt').unlink()
+
+@pytest.mark.parametrize('demos, play', [
+    (None, None), (torch.zeros(2, 5, 3), Play(torch.zeros(1, 5, 3), torch.zeros(1, 4, 2)))])
+def test_a_slim_imitator_acts_as_the_whole_one_does(tmp_path, demos, play):
+    args = {'obs_shape': [Layout(3, 2).size], 'action_dim': 2, 'hidden_dim': 64}
+    agent = ACAgent(**args, demos=demos, play=play)
     utils.save_snapshot(tmp_path / 'run.pt', 'imitator', 'reacher_hard',
-                        {'agent': agent, **made})
+                        {'agent': agent.state_dict(), 'agent_args': args, 'made_by': {}})
     utils.slim(tmp_path / 'run.pt', tmp_path / 'slim.pt')
     slim = utils.load_snapshot(tmp_path / 'slim.pt', 'imitator', 'reacher_hard')
-    assert slim['agent'].keys() == {'encoder', 'policy'}
+    assert slim['agent'].keys() == {'actor'} and slim['agent']['actor'].keys() == {'mean'}
+    obs = np.ones(args['obs_shape'], np.float32)
+    acts = utils.rebuild(ACAgent, slim['agent_args'], slim['agent']).act(obs, 0, True)
+    np.testing.assert_allclose(acts, agent.act(obs, 0, True), atol=1e-3)
 
 
 def test_signals_are_raised_and_held_back():
