@@ -4,6 +4,7 @@ It learns from demonstrations without actions, from its own play and from its ow
 sees the task's reward.
 """
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,33 +40,35 @@ NUM_LATER = 3  # codes after an action that the inverse model sees: a contact sh
 class Moments(NamedTuple):
     """A batch of the agent's own moments, float32."""
 
-    history: torch.Tensor  # (B, HISTORY, D), the codes up to the moment, newest first
-    before: torch.Tensor   # (B, NUM_ACTIONS, A), the actions that led to it, newest first
-    action: torch.Tensor   # (B, A), the action taken
-    later: torch.Tensor    # (B, NUM_LATER, D), the codes after it, oldest first
-
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return history and actions as they are after the action."""
-        return (torch.cat([self.later[:, :1], self.history[:, :-1]], dim=1),
-                torch.cat([self.action[:, None], self.before[:, :-1]], dim=1))
+    history: torch.Tensor   # (B, HISTORY, D), the codes up to the moment, newest first
+    later: torch.Tensor     # (B, NUM_LATER, D), the codes after it, oldest first
+    action: torch.Tensor    # (B, A), the action taken
+    obs: torch.Tensor       # (B, n), what it saw, following some demonstration
+    next_obs: torch.Tensor  # (B, n), what it saw next
 
 
-def draw_play(play: Play, num: int) -> Moments:
-    """Draw moments of play, uniformly."""
+def draw_play(play: Play, guide: Guide, layout: Layout, num: int) -> Moments:
+    """Draw moments of play, uniformly, each with a demonstration drawn for it."""
     device = play.actions.device
     i = torch.randint(len(play.actions), (num,), device=device)
     steps = torch.randint(play.actions.shape[1], (num,), device=device)
-    at = steps[:, None] - torch.arange(1, NUM_ACTIONS + 1, device=device)
-    before = play.actions[i[:, None], at.clamp(min=0)] * (at >= 0)[..., None]
-    return Moments(histories(play.codes, i, steps), before, play.actions[i, steps],
-                   moments(play.codes, i, steps, range(1, NUM_LATER + 1)))
+    followed = torch.randint(len(guide.demos), (num,), device=device)
+    at = steps[:, None] - torch.arange(NUM_ACTIONS + 1, device=device)
+    actions = play.actions[i[:, None], at.clamp(min=0)] * (at >= 0)[..., None]
+    history, later = (histories(play.codes, i, steps),
+                      moments(play.codes, i, steps, range(1, NUM_LATER + 1)))
+    obs, next_obs = (layout.join(codes, guide.shown(followed, codes), before) for codes, before in (
+        (history, actions[:, 1:]),
+        (torch.cat([later[:, :1], history[:, :-1]], dim=1), actions[:, :-1])))
+    return Moments(history, later, actions[:, 0], obs, next_obs)
 
 
 def draw_replay(replay_buffer, layout: Layout, num: int) -> Moments:
-    """Draw moments of what was replayed, uniformly."""
-    obs, action, _, _, _, *later = replay_buffer.sample(num, ahead=tuple(range(1, NUM_LATER + 1)))
-    return Moments(*layout.split(obs), action,
-                   torch.stack([layout.split(each)[0][:, 0] for each in later], dim=1))
+    """Draw moments of what was replayed, uniformly, each with the demonstration it followed."""
+    obs, action, _, _, next_obs, *later = replay_buffer.sample(
+        num, ahead=tuple(range(2, NUM_LATER + 1)))
+    later = [layout.split(each)[0][:, 0] for each in (next_obs, *later)]
+    return Moments(layout.split(obs)[0], torch.stack(later, dim=1), action, obs, next_obs)
 
 
 def action_loss(predicted: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
@@ -251,14 +254,13 @@ class Critic:
         both = torch.cat([obs, action], dim=1)
         return torch.stack([net(both) for net in nets])
 
-    def fit(self, obs: torch.Tensor, action: torch.Tensor, reward: torch.Tensor,
-            next_obs: torch.Tensor, actor: Policy) -> dict[str, torch.Tensor]:
-        """Fit it towards reward + discount Q'(next). Args: (B, n), (B, A), (B, 1), (B, n)."""
+    def fit(self, own: Moments, reward: torch.Tensor, actor: Policy) -> dict[str, torch.Tensor]:
+        """Fit it towards reward (B, 1) + discount Q'(next)."""
         with torch.no_grad():
-            next_action = actor.noisy(next_obs, self._stddev)
+            next_action = actor.noisy(own.next_obs, self._stddev)
             target = reward + self._discount * self._values(
-                self.learner.mean, next_obs, next_action).amin(0)
-        values = self._values(self.learner.net, obs, action)
+                self.learner.mean, own.next_obs, next_action).amin(0)
+        values = self._values(self.learner.net, own.obs, own.action)
         loss = 2 * F.mse_loss(values, target.expand_as(values))
         self.learner.descend(loss)
         return {'batch_reward': reward.mean(), 'critic_target_q': target.mean(),
@@ -310,37 +312,41 @@ class ACAgent:
         self._learners |= {name: getattr(self, name).learner
                            for name in ('inverse', 'discriminator', 'critic')}
 
+    VALUE_FROM = 0.8  # of pretraining: a critic is dear, and needs an actor that is worth judging
+
+    def pretrain(self, num_updates: int, batch_size: int) -> Iterator[int]:
+        """Learn from demonstrations and play alone, cloning at first; yield after each update."""
+        for number in range(num_updates):
+            clones_only = self._w_clone and number < self.VALUE_FROM * num_updates
+            self._update(None, batch_size, 0.0 if clones_only else self._w_value)
+            yield number + 1
+
     def update(self, replay_buffer, batch_size: int, step: int) -> dict[str, torch.Tensor]:
-        """Update all parts once, and return metrics; `step` does not matter. `replay_buffer` None
-        learns from play alone."""
+        """Update all parts once, and return metrics; `step` does not matter."""
+        return self._update(replay_buffer, batch_size, self._w_value)
+
+    def _update(self, replay_buffer, batch_size: int, w_value: float) -> dict[str, torch.Tensor]:
         own = self._draw(replay_buffer, batch_size)
         metrics, loss = {}, 0.0
         if self._w_clone:
             metrics |= self.inverse.fit(own)
             loss = self._w_clone * self._cloning.loss(self.actor.net, self.inverse, batch_size)
-        if self._w_value:
-            i = torch.randint(len(self._guide.demos), (batch_size,), device=self.device)
-            obs, next_obs = (self._observe(i, *side) for side in (own[:2], own.next()))
-            metrics |= self.discriminator.fit(next_obs)
-            metrics |= self.critic.fit(obs, own.action, self.discriminator.reward(next_obs),
-                                       next_obs, self.actor.net)
-            loss = loss + self._w_value * self.critic.loss(self.actor.net, obs)
+        if w_value:
+            metrics |= self.discriminator.fit(own.next_obs)
+            metrics |= self.critic.fit(own, self.discriminator.reward(own.next_obs),
+                                       self.actor.net)
+            loss = loss + w_value * self.critic.loss(self.actor.net, own.obs)
         self.actor.descend(loss)
         return metrics | {'actor_loss': loss.detach()}
 
     def _draw(self, replay_buffer, batch_size: int) -> Moments:
         """Draw own moments: half of play, half of replay, which is nearer to demonstrations."""
-        if replay_buffer is None:
-            return draw_play(self._play, batch_size)
-        half = batch_size // 2
-        both = (draw_play(self._play, batch_size - half),
-                draw_replay(replay_buffer, self._layout, half))
-        return Moments(*(torch.cat(part) for part in zip(*both, strict=True)))
-
-    def _observe(self, i: torch.Tensor, history: torch.Tensor, actions: torch.Tensor
-                 ) -> torch.Tensor:
-        """Return observations (B, n) of an agent that follows demonstrations number i (B,)."""
-        return self._layout.join(history, self._guide.shown(i, history), actions)
+        num_replayed = 0 if replay_buffer is None else batch_size // 2
+        play = draw_play(self._play, self._guide, self._layout, batch_size - num_replayed)
+        if not num_replayed:
+            return play
+        replayed = draw_replay(replay_buffer, self._layout, num_replayed)
+        return Moments(*(torch.cat(part) for part in zip(play, replayed, strict=True)))
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, step: int, eval_mode: bool) -> np.ndarray:

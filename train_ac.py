@@ -172,14 +172,13 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
 
 
 def pretrain(workspace: Workspace):
-    """Update the agent before its first step, on demonstrations and play alone. A signal ends this
-    at once; the run then begins anew."""
-    utils.keep_config(workspace.cfg)  # from here on the folder alone stands for the run
-    num_updates = workspace.cfg.num_pretrain_updates
-    progress = Progress(num_updates, 'update')
-    for update in range(num_updates):
-        workspace.agent.update(None, workspace.cfg.batch_size, 0)
-        progress.show(update + 1)
+    """Train the agent before its first step. A signal ends this at once; the run then begins
+    anew."""
+    cfg = workspace.cfg
+    utils.keep_config(cfg)  # from here on the folder alone stands for the run
+    progress = Progress(cfg.num_pretrain_updates, 'update')
+    for done in workspace.agent.pretrain(cfg.num_pretrain_updates, cfg.batch_size):
+        progress.show(done)
     progress.close()
 
 

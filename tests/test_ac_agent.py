@@ -77,9 +77,7 @@ def every_moment(demos) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def own_observations(num: int) -> torch.Tensor:
-    own = draw_play(PLAY, num)
-    shown = GUIDE.shown(torch.randint(len(DEMOS), (num,)), own.history)
-    return LAYOUT.join(own.history, shown, own.before)
+    return draw_play(PLAY, GUIDE, LAYOUT, num).obs
 
 
 def store(folder, play: Play) -> ReplayBuffer:
@@ -107,13 +105,14 @@ COUNT = Play(*((100.0 * torch.arange(3)[:, None, None] + torch.arange(num)[:, No
 @pytest.mark.parametrize('source', ['play', 'replay'])
 def test_what_is_drawn_is_as_it_happened(source, tmp_path):
     """Codes are 0 to 6, the actions between them 0.5 to 5.5; other episodes' are 100 more."""
-    own = (draw_play(COUNT, 400) if source == 'play'
+    own = (draw_play(COUNT, GUIDE, LAYOUT, 400) if source == 'play'
            else draw_replay(store(tmp_path, COUNT), LAYOUT, 400))
-    drawn, after = set(), zip(*own.next(), strict=True)
-    for history, before, (action, _), later in zip(*own, strict=True):
+    drawn = set()
+    for history, later, (action, _), obs, next_obs in zip(*own, strict=True):
         first, t = divmod(int(action), 100)
         drawn.add((first, t))
-        for now, (codes, actions) in ((t, (history, before)), (t + 1, next(after))):
+        assert torch.equal(history, LAYOUT.split(obs)[0])
+        for now, (codes, actions) in ((t, LAYOUT.split(obs)), (t + 1, LAYOUT.split(next_obs))):
             assert (codes - 100 * first)[:, 0].tolist() == [
                 max(now - back, 0) for back in range(HISTORY)]
             assert actions[:, 0].tolist() == [
@@ -121,6 +120,23 @@ def test_what_is_drawn_is_as_it_happened(source, tmp_path):
                 for back in range(1, NUM_ACTIONS + 1)]
         assert (later - 100 * first)[:, 1].tolist() == [min(t + 1 + k, 6) for k in range(NUM_LATER)]
     assert drawn == {(i, t) for i in range(3) for t in range(6)}
+
+
+def targets_of(obs) -> torch.Tensor:
+    """Return (B, n, D)."""
+    seen = obs[:, :LAYOUT.num_seen].unflatten(1, (-1, 2))
+    return seen[:, HISTORY:] + seen[:, :1]
+
+
+def test_play_follows_a_demonstration_drawn_for_it_and_replay_the_one_that_it_followed(tmp_path):
+    own = draw_play(PLAY, GUIDE, LAYOUT, 200)
+    i = (targets_of(own.obs)[:, -1:] - DEMOS[:, -1]).square().sum(2).argmin(1)  # by their ends
+    assert len(i.unique()) > 40
+    for obs in (own.obs, own.next_obs):
+        torch.testing.assert_close(targets_of(obs), GUIDE.shown(i, LAYOUT.split(obs)[0]))
+    own = draw_replay(store(tmp_path, PLAY), LAYOUT, 50)
+    for obs in (own.obs, own.next_obs):
+        torch.testing.assert_close(targets_of(obs), torch.zeros(50, len(LOOKAHEAD) + 1, 2))
 
 
 def test_action_loss_is_absolute_beyond_a_tenth():
@@ -179,7 +195,7 @@ def test_the_inverse_model_labels_demonstrations_of_a_system_that_it_played_in()
         return off.abs().mean((0, 2)).max()
     assert error() > 0.3
     for _ in range(400):
-        inverse.fit(draw_play(PLAY, 64))
+        inverse.fit(draw_play(PLAY, GUIDE, LAYOUT, 64))
     assert error() < 0.08
 
 
@@ -235,13 +251,12 @@ def values(nets, obs, action) -> torch.Tensor:
 
 def test_the_critics_target_by_hand():
     critic, actor = make_critic()
-    obs, next_obs = own_observations(6), own_observations(6)
-    action, reward = torch.rand(6, 2), torch.rand(6, 1)
+    own, reward = draw_play(PLAY, GUIDE, LAYOUT, 6), torch.rand(6, 1)
     for _ in range(4):
-        next_values = values(critic.learner.mean, next_obs, actor(next_obs))
-        now = values(critic.learner.net, obs, action)
+        next_values = values(critic.learner.mean, own.next_obs, actor(own.next_obs))
+        now = values(critic.learner.net, own.obs, own.action)
         target = reward + 0.9 * torch.minimum(*next_values)
-        metrics = critic.fit(obs, action, reward, next_obs, actor)
+        metrics = critic.fit(own, reward, actor)
         torch.testing.assert_close(metrics['critic_target_q'], target.mean())
         torch.testing.assert_close(metrics['critic_loss'], 2 * (now - target).square().mean())
     assert differences(critic.learner.net.state_dict(), critic.learner.mean.state_dict())
@@ -292,6 +307,15 @@ def test_a_term_that_weighs_nothing_is_left_out():
     assert parts[0.0] == ({'actor', 'discriminator', 'critic'}, (False, True))
 
 
+@pytest.mark.parametrize('w_clone, whole', [(1.0, 2), (0.0, 10)])
+def test_pretraining_clones_at_first_if_it_is_to_clone(w_clone, whole, monkeypatch):
+    agent = make_agent(w_clone=w_clone)
+    cloned, judged = (watch(monkeypatch, term, 'fit') for term in (agent.inverse, agent.critic))
+    for done in agent.pretrain(10, 16):
+        assert len(cloned) == w_clone * done
+        assert len(judged) == max(0, done - 10 + whole)
+
+
 def test_the_actors_loss_is_the_weighted_sum_of_its_terms():
     def loss(*weights):
         agent = make_agent(**dict(zip(('w_clone', 'w_value'), weights, strict=True)))
@@ -321,8 +345,7 @@ def test_after_play_alone_it_follows_demonstrations_that_are_held_out(options, s
     agent = make_agent(Play(PLAY.codes, sign * PLAY.actions), **options)
     others = follow(agent, sign * SPEED), follow(SimpleNamespace(
         act=lambda *args, **kwargs: torch.empty(2).uniform_(-1, 1).numpy()))
-    for _ in range(300):
-        agent.update(None, 64, 0)
+    assert list(agent.pretrain(300, 64)) == list(range(1, 301))
     assert follow(agent, sign * SPEED) < (0.7 if options else 0.3) * min(others)
 
 
