@@ -184,8 +184,8 @@ class Cloning:
         shift = torch.randint(-self.MAX_SHIFT, self.MAX_SHIFT + 1, (batch_size,),
                               device=demos.device)
         labels = inverse.label(demos, i, steps, NUM_ACTIONS + 1)
-        obs = self._layout.join(self._guide.filmed(i, steps),
-                                self._guide.targets(i, steps + shift), labels[:, 1:])
+        obs = self._layout.join(histories(demos, i, steps), self._guide.targets(i, steps + shift),
+                                labels[:, 1:])
         return action_loss(actor(obs), labels[:, 0])
 
 
@@ -214,7 +214,7 @@ class Discriminator:
         # The later of two: early moments show more of the start than of the task.
         steps = torch.randint(demos.shape[1], (2, batch_size), device=demos.device).amax(0)
         none = demos.new_zeros(batch_size, NUM_ACTIONS, self._layout.action_dim)
-        return self._seen(self._layout.join(self._guide.filmed(i, steps),
+        return self._seen(self._layout.join(histories(demos, i, steps),
                                             self._guide.targets(i, steps), none))
 
     def fit(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -293,7 +293,7 @@ class ACAgent:
           lr: learning rate; the discriminator's is lower, since the critic has to follow it.
           stddev: of the noise on actions, while exploring and in the critic's losses.
           precision: see `utils.set_precision`.
-          demos: float32 (N, C, T+1, D), codes of demonstrations in C contexts.
+          demos: float32 (N, T+1, D), codes of demonstrations.
         """
         self.device = torch.device(device or torch.get_default_device())
         utils.set_precision(precision)

@@ -79,7 +79,7 @@ class Layout(NamedTuple):
 
 
 class Guide:
-    """Shows an agent demonstrations, float32 (N, C, T+1, D), a mean over their C contexts.
+    """Shows an agent demonstrations, float32 (N, T+1, D).
 
     The agent sees what comes after the moment that is nearest to its own last codes. There is no
     clock: a demonstration waits for an agent that is late, and any moment of any episode can be
@@ -87,18 +87,11 @@ class Guide:
     """
 
     def __init__(self, demos: torch.Tensor):
-        self._filmed, self.demos = demos, demos.mean(1)
-        number, num_moments = self.demos.shape[:2]
+        self.demos = demos
+        number, num_moments = demos.shape[:2]
         steps = torch.arange(num_moments, device=demos.device).repeat(number)
         i = torch.arange(number, device=demos.device).repeat_interleave(num_moments)
-        self._histories = histories(self.demos, i, steps).view(number, num_moments, -1)
-
-    def filmed(self, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Return histories (B, HISTORY, D) of demonstrations number i (B,) at steps (B,), each in
-        one of its contexts: an agent sees itself in one context, too."""
-        number, num_contexts = self._filmed.shape[:2]
-        c = torch.randint(num_contexts, i.shape, device=i.device)
-        return histories(self._filmed.flatten(0, 1), i * num_contexts + c, steps)
+        self._histories = histories(demos, i, steps).view(number, num_moments, -1)
 
     def nearest(self, i: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         """Return the steps (B,) at which demonstrations number i (B,) are nearest to histories
@@ -195,8 +188,10 @@ class Demonstrations:
 
     @torch.no_grad()
     def features(self) -> torch.Tensor:
-        """Return all episodes' features in each context, float32 (N, C, T+1, D)."""
-        return torch.stack([self.features_of(self._encode(i)).cpu() for i in range(len(self))])
+        """Return all episodes' features, float32 (N, T+1, D), means over their contexts: noise
+        would make the inverse model underrate actions."""
+        return torch.stack([self.features_of(self._encode(i)).mean(0).cpu()
+                            for i in range(len(self))])
 
     @torch.no_grad()
     def translate(self, i: int, sources: list[int], first: np.ndarray, images: bool = False
@@ -263,7 +258,7 @@ class Imitation(dmc.Wrapper):
         self._frame = self._env.render(self._im_size)
         self._translation = self._demos.translate(
             i, sources, self._frame, images=self.needs_images or self._evaluate)
-        self._guide = Guide(self._translation.features[None, None])
+        self._guide = Guide(self._translation.features[None])
         self._codes = [self._demos.encode(self._frame)]
         self._actions = torch.zeros(NUM_ACTIONS, *self.action_spec().shape)
         self._step, self._ended, self.episode_info = 0, False, {}
@@ -411,7 +406,6 @@ class Play(NamedTuple):
 
 
 def encode_play(model: ContextTranslator, clips: video.Clips) -> Play:
-    """Encode a split of play; an episode that was filmed in C contexts counts as C episodes."""
-    codes = Demonstrations(model, clips).features()
+    """Encode a split of play."""
     actions = np.array([clips.episode(i)['actions'] for i in range(len(clips))], np.float32)
-    return Play(codes.flatten(0, 1), torch.from_numpy(actions.repeat(codes.shape[1], axis=0)))
+    return Play(Demonstrations(model, clips).features(), torch.from_numpy(actions))

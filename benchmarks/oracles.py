@@ -118,7 +118,7 @@ class PoseDemonstrations(Demonstrations):
         return self.normalised(self.pose)
 
     def features(self):
-        return self._features[:, None]
+        return self._features
 
     def translate(self, i, sources, first, images=False):
         return Translation(self._features[i], self.clips.frames(i)[0])

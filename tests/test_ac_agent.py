@@ -54,7 +54,7 @@ def roll_out(policy, number: int, seed: int) -> Play:
 
 DEMOS, HELD_OUT = (roll_out(expert, number, seed).codes for number, seed in ((50, 0), (8, 99)))
 PLAY = roll_out(at_random, 100, 1)
-GUIDE = Guide(DEMOS[:, None])
+GUIDE = Guide(DEMOS)
 
 
 class TrueInverse:
@@ -72,7 +72,7 @@ def every_moment(demos) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     i = torch.arange(len(demos)).repeat_interleave(demos.shape[1] - 1)
     steps = torch.arange(demos.shape[1] - 1).repeat(len(demos))
     before = TrueInverse().label(demos, i, steps, NUM_ACTIONS + 1)[:, 1:]
-    targets = Guide(demos[:, None]).targets(i, steps)
+    targets = Guide(demos).targets(i, steps)
     return i, steps, LAYOUT.join(histories(demos, i, steps), targets, before)
 
 
@@ -213,7 +213,7 @@ def test_cloning_reaches_the_labels():
 
 def test_in_cloning_targets_are_shifted_and_actions_are_the_labels_before():
     line, seen = torch.arange(30.0)[None, :, None].expand(1, 30, 2) / 10, []  # each action is 1 / 3
-    Cloning(LAYOUT, Guide(line[:, None])).loss(lambda obs: seen.append(obs) or obs[:, :2],
+    Cloning(LAYOUT, Guide(line)).loss(lambda obs: seen.append(obs) or obs[:, :2],
                                                TrueInverse(), 500)
     history, before = LAYOUT.split(seen[0])
     steps = (10 * history[:, 0, 0]).round()
@@ -280,7 +280,7 @@ def test_the_actor_climbs_the_lower_value_whatever_its_scale():
 
 def make_agent(play=PLAY, **changes):
     torch.manual_seed(0)
-    return ACAgent((LAYOUT.size,), 2, **{'demos': DEMOS[:, None], 'play': play, 'hidden_dim': 32,
+    return ACAgent((LAYOUT.size,), 2, **{'demos': DEMOS, 'play': play, 'hidden_dim': 32,
                                          'lr': 3e-3, 'device': CPU} | changes)
 
 
@@ -327,7 +327,7 @@ def test_the_actors_loss_is_the_weighted_sum_of_its_terms():
 
 def follow(agent, speed=SPEED) -> float:
     """Return how far the point stays from the moments of demonstrations that are held out."""
-    guide, i = Guide(HELD_OUT[:, None]), torch.arange(8)
+    guide, i = Guide(HELD_OUT), torch.arange(8)
     codes, before = HELD_OUT[:, :1], torch.zeros(8, NUM_ACTIONS, 2)
     for t in range(HELD_OUT.shape[1] - 1):
         history = histories(codes, i, torch.full((8,), t))

@@ -64,7 +64,7 @@ def test_nearest_is_that_of_a_plain_loop():
     torch.manual_seed(0)
     demos, history = torch.randn(3, 9, 2).cumsum(1), torch.randn(40, HISTORY, 2) * 2
     i = torch.randint(3, (40,))
-    steps = Guide(demos[:, None]).nearest(i, history)
+    steps = Guide(demos).nearest(i, history)
     for b in range(40):
         off = []
         for t in range(9):
@@ -77,15 +77,15 @@ def test_nearest_is_that_of_a_plain_loop():
 def test_motion_tells_moments_of_equal_pose_apart_and_of_equals_the_first_is_taken():
     swing = torch.tensor([0.0, 1, 2, 3, 2, 1, 0, 1, 2, 3])[None, :, None]
     seen = torch.tensor([[2.0, 1, 0], [2, 3, 2], [0, 1, 2]])[..., None]  # newest first
-    steps = Guide(swing[:, None]).nearest(torch.zeros(3, dtype=torch.long), seen)
+    steps = Guide(swing).nearest(torch.zeros(3, dtype=torch.long), seen)
     assert steps.tolist() == [2, 4, 6]
-    still = torch.zeros(1, 1, 5, 1)
+    still = torch.zeros(1, 5, 1)
     assert Guide(still).nearest(torch.tensor([0]), torch.zeros(1, HISTORY, 1)).tolist() == [0]
 
 
 def test_targets_stand_still_at_the_end_and_the_last_one_is_the_end():
     demos = torch.stack([torch.arange(20.0), 100 + torch.arange(20.0)])[..., None]
-    guide = Guide(demos[:, None])
+    guide = Guide(demos)
     for step in (0, 7, 15, 19):
         seen = guide.targets(torch.tensor([0, 1]), torch.tensor([step, step]))[..., 0]
         expected = [min(step + ahead, 19) for ahead in LOOKAHEAD] + [19]
@@ -93,14 +93,6 @@ def test_targets_stand_still_at_the_end_and_the_last_one_is_the_end():
     history = torch.tensor([[[7.0], [6.0], [5.0]]])
     shown = guide.shown(torch.tensor([1]), 100 + history)
     assert torch.equal(shown, guide.targets(torch.tensor([1]), torch.tensor([7])))
-
-
-def test_targets_are_means_over_contexts_and_histories_of_one_context_each():
-    demos = torch.arange(9.0)[None, None, :, None] + torch.tensor([0.0, 100.0])[None, :, None, None]
-    guide, i, steps = Guide(demos), torch.zeros(50, dtype=torch.long), torch.full((50,), 4)
-    assert guide.targets(i, steps)[0, 0] == 50 + 4 + LOOKAHEAD[0]
-    seen = guide.filmed(i, steps)[..., 0]
-    assert {tuple(row) for row in seen.tolist()} == {(4, 3, 2), (104, 103, 102)}
 
 
 # ------------------------------------------------------------------------------ demonstrations
@@ -158,11 +150,11 @@ def test_features_have_zero_mean_and_unit_variance_or_a_given_scale():
     assert torch.equal(other.encode(NOISE[0, 0, 0]), z[0])
 
 
-def test_features_are_those_of_each_context(demos):
+def test_features_are_the_mean_over_contexts(demos):
     expected = torch.stack([torch.stack([demos.encode(frame) for frame in clip])
-                            for clip in demos.clips.frames(1)])
+                            for clip in demos.clips.frames(1)]).mean(0)
     features = demos.features()
-    assert features.shape == (2, 3, 5, demos.feature_dim)
+    assert features.shape == (2, 5, demos.feature_dim)
     np.testing.assert_allclose(features[1], expected, atol=1e-4)
 
 
@@ -180,11 +172,9 @@ def test_demonstrations_are_encoded_once_and_decoded_only_when_asked_for(demos, 
 def test_play_is_its_codes_and_actions():
     model, actions = make_model(code=True), np.random.default_rng(0).uniform(-1, 1, (2, 4, 2))
     play = encode_play(model, FakeClips(NOISE, [{'actions': part.tolist()} for part in actions]))
-    codes = Demonstrations(model, FakeClips(NOISE)).features()
-    assert torch.equal(play.codes.view(2, 3, 5, -1), codes)  # each context is an episode
+    assert torch.equal(play.codes, Demonstrations(model, FakeClips(NOISE)).features())
     assert play.actions.dtype == torch.float32
-    for c in range(3):
-        np.testing.assert_allclose(play.actions.view(2, 3, 4, 2)[:, c], actions, rtol=1e-6)
+    np.testing.assert_allclose(play.actions, actions, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------ environment

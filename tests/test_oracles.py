@@ -38,7 +38,7 @@ def demos():
 
 def test_features_are_the_pose_without_travel(demos):
     expected = [[[-1, 1, -1], [1, 0, -0.5], [-1, -1, 1.5]]]
-    torch.testing.assert_close(demos.features()[:, 0], torch.tensor(expected), atol=1e-6, rtol=0)
+    torch.testing.assert_close(demos.features(), torch.tensor(expected), atol=1e-6, rtol=0)
     assert demos.feature_dim == 3
 
 
@@ -48,21 +48,21 @@ def test_nothing_is_drawn_and_the_pose_is_encoded(demos):
             return ThreePoses.poses[1]
     frame = PoseBesideFrame(Env(), demos).render(64)
     assert not frame.any()
-    torch.testing.assert_close(demos.encode(frame), demos.features()[0, 0, 1])
+    torch.testing.assert_close(demos.encode(frame), demos.features()[0, 1])
 
 
 def test_guides_that_show_less():
     shown, i, steps = torch.randn(2, 9, 3), torch.tensor([1, 0]), torch.tensor([2, 5])
-    end, none = (guide(shown[:, None]).targets(i, steps) for guide in (EndGuide, NoGuide))
+    end, none = (guide(shown).targets(i, steps) for guide in (EndGuide, NoGuide))
     assert end.shape == none.shape == (2, len(LOOKAHEAD) + 1, 3)
     assert (end == shown[i, -1][:, None]).all() and (none == shown[i, steps][:, None]).all()
     history = torch.randn(2, 3, 3)
-    assert (NoGuide(shown[:, None]).shown(i, history) == history[:, :1]).all()
-    assert not (Guide(shown[:, None]).shown(i, history) == history[:, :1]).any()
+    assert (NoGuide(shown).shown(i, history) == history[:, :1]).all()
+    assert not (Guide(shown).shown(i, history) == history[:, :1]).any()
 
 
 def test_a_discriminator_without_targets_rewards_all_targets_alike():
-    layout, guide = Layout(2, 1), Guide(torch.randn(3, 1, 6, 2))
+    layout, guide = Layout(2, 1), Guide(torch.randn(3, 6, 2))
     discriminator = UnconditionedDiscriminator(layout, guide, 8, 1e-3, torch.device('cpu'))
     history, actions = torch.randn(1, 3, 2), torch.zeros(1, NUM_ACTIONS, 1)
     obs = [layout.join(history, targets, actions) for targets in torch.randn(2, 1, 7, 2)]
