@@ -125,8 +125,8 @@ class Policy(nn.Module):
         return self.net(obs).tanh()
 
     def noisy(self, obs: torch.Tensor, stddev: float) -> torch.Tensor:
-        """Return actions with normal noise that is clipped at `stddev`, as DrQ-v2's losses take
-        them; gradients pass straight through the bounds."""
+        """Return actions with noise, as DrQ-v2's losses take them: clipped at `stddev`, and
+        gradients pass straight through the bounds."""
         action = self(obs)
         noisy = action + (torch.randn_like(action) * stddev).clamp(-stddev, stddev)
         return noisy + (noisy.clamp(-1, 1) - noisy).detach()
@@ -136,8 +136,7 @@ class InverseModel:
     """Tells which action was taken between codes (Torabi et al. 2018, BCO).
 
     It is fitted to the agent's own moments, and labels demonstrations with the actions with which
-    the agent would do what they show. As both go on while the agent acts, it comes to know what
-    happens where the demonstrations are.
+    the agent would do what they show.
     """
 
     def __init__(self, layout: Layout, hidden_dim: int, lr: float, device: torch.device):
@@ -165,11 +164,8 @@ class InverseModel:
 
 
 class Cloning:
-    """Makes the actor do what the inverse model reads out of demonstrations.
-
-    Targets are shifted by up to MAX_SHIFT steps, since the moment that the agent takes for the
-    nearest one is never exactly right.
-    """
+    """Makes the actor do what the inverse model reads out of demonstrations. Targets are shifted
+    by up to MAX_SHIFT steps, since the moment that the agent finds nearest is never exact."""
 
     MAX_SHIFT = 2
 
@@ -312,12 +308,11 @@ class ACAgent:
         self._learners |= {name: getattr(self, name).learner
                            for name in ('inverse', 'discriminator', 'critic')}
 
-    VALUE_FROM = 0.8  # of pretraining: a critic is dear, and needs an actor that is worth judging
-
     def pretrain(self, num_updates: int, batch_size: int) -> Iterator[int]:
-        """Learn from demonstrations and play alone, cloning at first; yield after each update."""
+        """Learn from demonstrations and play alone; yield after each update. Most of them clone
+        only: the value is dear, and takes an actor that is worth judging."""
         for number in range(num_updates):
-            clones_only = self._w_clone and number < self.VALUE_FROM * num_updates
+            clones_only = self._w_clone and number < 0.8 * num_updates
             self._update(None, batch_size, 0.0 if clones_only else self._w_value)
             yield number + 1
 

@@ -65,17 +65,15 @@ class Layout(NamedTuple):
 
     def join(self, history: torch.Tensor, targets: torch.Tensor, actions: torch.Tensor
              ) -> torch.Tensor:
-        """Join codes (..., HISTORY, D), targets (..., n, D), see `Guide.targets`, and actions
-        (..., NUM_ACTIONS, A)."""
+        """Join codes (..., HISTORY, D), targets (..., n, D), actions (..., NUM_ACTIONS, A)."""
         return torch.cat([from_now(history).flatten(-2),
                           (targets - history[..., :1, :]).flatten(-2), actions.flatten(-2)], dim=-1)
 
     def split(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes (..., HISTORY, D) and actions (..., NUM_ACTIONS, A)."""
-        seen = obs[..., :HISTORY * self.code_dim].unflatten(-1, (HISTORY, self.code_dim))
-        now = seen[..., :1, :]
+        codes = obs[..., :HISTORY * self.code_dim].unflatten(-1, (HISTORY, self.code_dim))
         actions = obs[..., self.num_seen:].unflatten(-1, (NUM_ACTIONS, self.action_dim))
-        return torch.cat([now, seen[..., 1:, :] + now], dim=-2), actions
+        return torch.cat([codes[..., :1, :], codes[..., 1:, :] + codes[..., :1, :]], -2), actions
 
 
 class Guide:
@@ -100,7 +98,7 @@ class Guide:
         return off.square_().mean(2).argmin(1)
 
     def targets(self, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Return demonstrations number i (B,) LOOKAHEAD steps after steps (B,), and at their end:
+        """Return demonstrations number i (B,) LOOKAHEAD after steps (B,), and at their end:
         (B, len(LOOKAHEAD) + 1, D)."""
         return torch.cat([moments(self.demos, i, steps, LOOKAHEAD), self.demos[i, -1:]], dim=1)
 
@@ -110,11 +108,10 @@ class Guide:
 
 
 class Translation(NamedTuple):
-    """A demonstration in another context: features (T+1, D) float32; images uint8 (T+1, H, W, 3),
-    if they were asked for."""
+    """A demonstration in another context."""
 
-    features: torch.Tensor
-    images: np.ndarray | None
+    features: torch.Tensor      # float32 (T+1, D)
+    images: np.ndarray | None   # uint8 (T+1, H, W, 3), if they were asked for
 
 
 def load_translator(path: str | Path, task_name: str, recipe: str, device: torch.device,
@@ -163,9 +160,8 @@ class Demonstrations:
         """Return the mean of features, in plain numbers, and their standard deviation."""
         if self._model.code:  # has the scale of its own normalisation
             return [0.0] * self.feature_dim, 1.0
-        z = torch.cat([self._encode(i).flatten(0, 1).float()
-                       for i in range(min(len(self), num_episodes))])
-        return z.mean(0).tolist(), float(z.var(0).mean().sqrt())
+        z = torch.cat([self._encode(i).flatten(0, 1) for i in range(len(self))[:num_episodes]])
+        return z.float().mean(0).tolist(), float(z.float().var(0).mean().sqrt())
 
     def features_of(self, z: torch.Tensor) -> torch.Tensor:
         """Return features (..., D) of z1 or z3 (..., Z)."""
@@ -188,8 +184,8 @@ class Demonstrations:
 
     @torch.no_grad()
     def features(self) -> torch.Tensor:
-        """Return all episodes' features, float32 (N, T+1, D), means over their contexts: noise
-        would make the inverse model underrate actions."""
+        """Return all episodes' features, float32 (N, T+1, D), means over contexts: with noise the
+        inverse model would underrate actions."""
         return torch.stack([self.features_of(self._encode(i)).mean(0).cpu()
                             for i in range(len(self))])
 
@@ -236,19 +232,18 @@ class Imitation(dmc.Wrapper):
     needs_images = False  # of the translation, to learn from
 
     def __init__(self, env, demos: Demonstrations, im_size: int, evaluate: bool = False):
-        """Take the task, its actions repeated as the expert's were, and what to follow."""
+        """Take the task, with the expert's action repeat, and what to follow."""
         super().__init__(env)
         self._demos, self._im_size = demos, im_size
-        self._evaluate, self._rng = evaluate, np.random.default_rng(0)
+        self._evaluate, self._ended, self._rng = evaluate, True, np.random.default_rng(0)
         self._horizon = demos.clips.frames(0).shape[1] - 1
         self._layout = Layout(demos.feature_dim, env.action_spec().shape[0])
-        self._ended = True
 
     def observation_spec(self):
         return specs.Array((self._layout.size,), np.float32, 'observation')
 
     def reset(self, episode_seed: int | None = None):
-        """Begin an episode; its demonstration and its context depend on the seed alone."""
+        """Begin an episode, whose demonstration and context depend on the seed alone."""
         rng = self._rng if episode_seed is None else np.random.default_rng(episode_seed)
         i = int(rng.integers(len(self._demos)))
         clips = self._demos.clips
@@ -306,21 +301,18 @@ class Imitation(dmc.Wrapper):
         self._step += 1
         self._frame = self._env.render(self._im_size)
         self._codes.append(self._demos.encode(self._frame))
-        reward = self._reward()
-        observation = self._observe()
+        self._ended = self._step == self._horizon or time_step.last()
         if self._evaluate:
             self.episode_info['task_return'] += time_step.reward
-        if self._step == self._horizon or time_step.last():
-            self._ended = True
-            if self._evaluate:
+            if self._ended:
                 self.episode_info |= {'distance': self._distance_from(self._translation.features),
                                       'distance_other': self._distance_from(self._other)}
-            return dm_env.termination(reward, observation)
-        return dm_env.transition(reward, observation)
+        kind = dm_env.termination if self._ended else dm_env.transition
+        return kind(self._reward(), self._observe())
 
     def _distance_from(self, shown: torch.Tensor) -> float:
-        """Return how far the episode stayed from a demonstration (T+1, D): for each of its moments
-        the mean squared difference from the agent's nearest code, their mean."""
+        """Return the mean, over a demonstration's moments (T+1, D), of the mean squared difference
+        from the agent's nearest code."""
         off = torch.cdist(shown, torch.stack(self._codes)).square() / shown.shape[1]
         return float(off.amin(1).mean())
 
@@ -348,12 +340,10 @@ class Imitation(dmc.Wrapper):
 class PaperImitation(Imitation):
     """Imitation as Liu et al. 2017 reward it (section V), by the clock.
 
-    Observation: codes, see `from_now`; the differences of the demonstration's features AHEAD steps
-      after the agent's own step; the share of the horizon that is left, in [0, 1].
+    Observation: the agent's last features, see `from_now`; how those of the demonstration differ,
+      AHEAD steps after the agent's own step; the share of time left (Pardo et al. 2018).
     Reward: -(t/T)^2 (d + w_img d_img), with the mean squared differences of features and of images
       from the demonstration's at the same step, in units of their variance.
-    Horizon: the last step has discount 0. There is no value to bootstrap from, so the time left is
-      observed (Pardo et al. 2018).
     """
 
     AHEAD = (1, 3, 6, 12)
@@ -362,13 +352,12 @@ class PaperImitation(Imitation):
         super().__init__(env, demos, im_size, evaluate)
         self._w_img, self.needs_images = w_img, w_img > 0
         # of pixels in [0, 1] over time, a mean over demonstrations
-        self._image_var = w_img and np.mean([
-            np.var(np.array(demos.clips.frames(i)[0]) / 255.0, axis=0).mean()
-            for i in range(min(len(demos), 20))])
+        self._image_var = w_img and np.mean([np.var(demos.clips.frames(i)[0] / 255.0, axis=0)
+                                             for i in range(len(demos))[:20]])
 
     def observation_spec(self):
-        size = (HISTORY + len(self.AHEAD)) * self._demos.feature_dim + 1
-        return specs.Array((size,), np.float32, 'observation')
+        return specs.Array(((HISTORY + len(self.AHEAD)) * self._demos.feature_dim + 1,),
+                           np.float32, 'observation')
 
     def _observe(self) -> np.ndarray:
         targets = moments(self._translation.features[None], torch.tensor([0]),
