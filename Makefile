@@ -13,14 +13,14 @@ BUDGET ?= full
 # What a budget buys, as overrides of each script, the same for every task. With TURNS=2 a first
 # imitator films MORE_PLAY episodes of its own play, from which a second one learns as well.
 TURNS ?= 1
-DEMOS ?= 400
-PLAY ?= 400
+DEMOS ?= 300
+PLAY ?= 300
 MORE_PLAY ?= 1000
 EXPERT_full      = num_train_frames=300_000
-VIDEOS_full      = num_train=$(DEMOS) num_valid=60 num_play=$(PLAY) \
+VIDEOS_full      = num_train=$(DEMOS) num_valid=30 num_play=$(PLAY) \
     $(if $(SHIPPED_TRANSLATOR),num_contexts=2 num_play_valid=0,num_contexts=4 num_play_valid=30)
 TRANSLATOR_full  = num_train_steps=1500 code.num_steps=3000
-IMITATOR_full    = num_train_frames=20_000
+IMITATOR_full    = num_train_frames=5_000
 EXPERT_smoke     = num_train_frames=6_000
 VIDEOS_smoke     = num_train=8 num_valid=4 num_play=8 num_play_valid=4
 TRANSLATOR_smoke = num_train_steps=20 code.num_steps=20
