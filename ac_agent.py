@@ -188,8 +188,8 @@ class Cloning:
 class Discriminator:
     """Tells demonstrated moments from the agent's own (Torabi et al. 2018b, GAIfO).
 
-    It sees codes and targets: a demonstration's moment with its own targets, the agent's with what
-    it would see of a demonstration drawn at random. So it learns what in the targets matters: only
+    It sees codes and targets: a demonstration's moment with its own targets, the agent's with those
+    of the demonstration that it follows. So it learns what in the targets matters: only
     the end, if only the end pose does; the gait, if any phase of it will do.
     """
 
@@ -273,7 +273,7 @@ class ACAgent:
     """The imitator: it clones what an inverse model reads out of demonstrations, and climbs a
     critic of how much its moments look like demonstrated ones.
 
-    Each update draws own moments and pairs each with a demonstration drawn anew, see `Guide`. The
+    Each update draws own moments, half of play and half of replay, each with a demonstration. The
     actor's loss is w_clone * cloning + w_value * value. The running mean of the actor acts.
     """
 

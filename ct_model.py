@@ -156,13 +156,6 @@ class Dynamics(nn.Module):
         change = torch.stack([member(part) for member, part in zip(self.members, x, strict=True)])
         return history[:, :, -1] + moved[:, :, -1] + change
 
-    def by_turns(self, history: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Predict row b by member b % K alone: history (B, HISTORY, D), oldest first, and action
-        (B, A) -> next codes (B, D). B is a multiple of K."""
-        shares = (x.unflatten(0, (-1, len(self.members))).transpose(0, 1)
-                  for x in (history, action))
-        return self(*shares).transpose(0, 1).flatten(0, 1)
-
     def rollout(self, codes: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Predict open loop, each member on its own.
 
@@ -217,7 +210,6 @@ class PoseCode(nn.Module):
         # Unit variance, without parameters: codes cannot agree by being all the same.
         self.norm = nn.BatchNorm1d(code_dim, affine=False, momentum=0.02)
         self.predictor = normed_mlp(code_dim + z_dim, hidden, num_targets)
-        # `ACAgent`, which takes these over, makes them of the default size to load a snapshot.
         self.dynamics = Dynamics(code_dim, action_dim, hidden)
         self.inverse = normed_mlp(3 * code_dim, hidden, action_dim)
         self.register_buffer('z_scale', torch.zeros(2, z_dim))            # mean, deviation

@@ -4,7 +4,7 @@ Also films play: episodes of the agent's own actions, random or an imitator's wi
 (`player=ac_local/.../snapshot.pt`), whose poses are nearer to the demonstrated ones. From play the
 translator learns how actions change what it sees. Only play stores its actions.
 
-Videos of one's own can take the demonstrations' place: from_mp4=FOLDER. Each FOLDER/<name>.mp4 is
+Own videos can take the demonstrations' place: from_mp4=FOLDER. Each FOLDER/<name>.mp4 is
 an episode; if it was filmed in several contexts at once, its files are
 FOLDER/<context>/<name>.mp4. Play is filmed as ever.
 
@@ -103,7 +103,7 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
 
 
 def recording(cfg) -> tuple[DrQV2Agent | None, dict]:
-    """Return the expert, or None where demonstrations are one's own videos, and the `dmc.make`
+    """Return the expert, or None if demonstrations are own videos, and the `dmc.make`
     arguments of the environment that films."""
     if cfg.from_mp4:
         return None, {'obs': 'states', 'action_repeat': cfg.action_repeat or 2}

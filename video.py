@@ -245,7 +245,7 @@ def is_whole(root: str | Path) -> bool:
 
 
 def is_imported(made_by: dict) -> bool:
-    """Tell whether a split's meta.json, or what a run was made by, is of videos of one's own."""
+    """Tell whether a split's meta.json, or what a run was made by, is of own videos."""
     return 'mp4_sha256' in made_by
 
 
@@ -329,13 +329,13 @@ class Clips:
 
     @property
     def imported(self) -> bool:
-        """Whether these are videos of one's own: seeds, contexts, poses and returns are unknown."""
+        """Whether these are own videos: seeds, contexts, poses and returns are unknown."""
         return is_imported(self.meta)
 
     @property
     def min_contexts(self) -> int:
         """The least number of contexts for imitation: the agent needs one that is not demonstrated,
-        which is drawn anew beside videos of one's own."""
+        which is drawn anew beside own videos."""
         return 1 if self.imported else 2
 
 

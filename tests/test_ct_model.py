@@ -254,14 +254,6 @@ def test_the_loss_of_dynamics_takes_each_action_between_its_codes():
     assert dynamics.loss(codes, actions.roll(1, 1)) > 0.1
 
 
-def test_members_predict_rows_by_turns():
-    dynamics = make_dynamics(num_members=3)
-    history, action = torch.randn(12, Dynamics.HISTORY, 2), torch.randn(12, 1)
-    every = dynamics(history.expand(3, *history.shape), action.expand(3, *action.shape))
-    expected = torch.stack([every[row % 3, row] for row in range(12)])
-    torch.testing.assert_close(dynamics.by_turns(history, action), expected)
-
-
 def test_dynamics_learn_a_linear_system():
     """A damped pendulum that actions push, open loop over five steps."""
     def draw(num):

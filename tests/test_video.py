@@ -246,7 +246,7 @@ def test_what_has_no_checksum_is_refused(tmp_path, name, key):
         video.Clips(root).frames(1)
 
 
-# ------------------------------------------------------------------------------ videos of one's own
+# ------------------------------------------------------------------------------ own videos
 
 def save_counting(path, num_frames, fps, size=(48, 64)):
     """A video whose frame t is 5 t all over, but for two dark bars left and right."""
