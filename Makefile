@@ -14,15 +14,15 @@ BUDGET ?= full
 # imitator films MORE_PLAY episodes of its own play, from which a second one learns as well.
 TURNS ?= 1
 DEMOS ?= 300
-PLAY ?= 300
-MORE_PLAY ?= 1000
+PLAY ?= $(if $(filter smoke,$(BUDGET)),8,300)
+MORE_PLAY ?= $(if $(filter smoke,$(BUDGET)),8,1000)
 EXPERT_full      = num_train_frames=300_000
 VIDEOS_full      = num_train=$(DEMOS) num_valid=30 num_play=$(PLAY) \
     $(if $(SHIPPED_TRANSLATOR),num_contexts=2 num_play_valid=0,num_contexts=4 num_play_valid=30)
 TRANSLATOR_full  = num_train_steps=1500 code.num_steps=3000
-IMITATOR_full    = num_train_frames=5_000
+IMITATOR_full    = num_train_frames=5_000 snapshot_every_frames=1_000
 EXPERT_smoke     = num_train_frames=6_000
-VIDEOS_smoke     = num_train=8 num_valid=4 num_play=8 num_play_valid=4
+VIDEOS_smoke     = num_train=8 num_valid=4 num_play=$(PLAY) num_play_valid=4
 TRANSLATOR_smoke = num_train_steps=20 code.num_steps=20
 IMITATOR_smoke   = num_train_frames=2_000 num_eval_episodes=4 num_pretrain_updates=100
 
@@ -87,7 +87,7 @@ demo: .venv
 	    $(PY) train_ct.py task=$(TASK) data_dir=videos/$(RUN) hydra.run.dir=ct_local/$(RUN) \
 	    $(TRANSLATOR_$(BUDGET)))
 	$(if $(filter 2,$(TURNS)),\
-	    $(AC) hydra.run.dir=ac_local/$(RUN)_first $(IMITATOR_$(BUDGET)) && \
+	    $(AC) hydra.run.dir=ac_local/$(RUN)_first $(IMITATOR_$(BUDGET)) num_play=$(PLAY) && \
 	    $(PY) generate_expert_video.py task=$(TASK) snapshot=$(EXPERT) out_dir=videos/$(RUN) \
 	        $(VIDEOS_$(BUDGET)) $(ALL_PLAY) translator=$(TRANSLATOR) \
 	        player=ac_local/$(RUN)_first/snapshot.pt)

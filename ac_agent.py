@@ -165,7 +165,7 @@ class InverseModel:
 
 class Cloning:
     """Makes the actor do what the inverse model reads out of demonstrations. Targets are shifted
-    by up to MAX_SHIFT steps, since the moment that the agent finds nearest is never exact."""
+    by up to MAX_SHIFT steps: the nearest moment that the agent finds may be off by as much."""
 
     MAX_SHIFT = 2
 
@@ -273,8 +273,8 @@ class ACAgent:
     """The imitator: it clones what an inverse model reads out of demonstrations, and climbs a
     critic of how much its moments look like demonstrated ones.
 
-    Each update draws own moments, half of play and half of replay, each with a demonstration. The
-    actor's loss is w_clone * cloning + w_value * value. The running mean of the actor acts.
+    Each update draws own moments: play with demonstrations drawn anew, replay with those that it
+    followed. The actor's loss is w_clone * cloning + w_value * value. Its running mean acts.
     """
 
     def __init__(self, obs_shape, action_dim: int, w_clone: float = 1.0, w_value: float = 1.0,

@@ -270,7 +270,7 @@ class Studio:
             kept = {'expert_return': sum(happened['rewards']), 'rewards': happened['rewards']}
         else:  # no task reward
             kept = {'actions': happened['actions']}
-            if cfg.player:  # it started where a demonstration did
+            if cfg.player:  # it started from a reset of its own environment's
                 episode_seed = env.start_seed
                 kept['player_sha256'] = player_sha256
         video.write_episode(root, i, frames, {
@@ -380,19 +380,15 @@ def generate(cfg):
 
 
 def check_player(cfg, orders: list[Order]):
-    """Refuse a player (UserError) that cannot act, or that has no demonstrations or no play to
-    film."""
+    """Refuse a player (UserError) that cannot act, or that has no demonstrations to follow."""
     for order in orders:
         if SPLITS[order.name].actor == 'expert' and order.num_missing:
             raise UserError(f'{order.root} lacks episodes, and player={cfg.player} needs '
                             'demonstrations that are complete: run this command without player '
                             'first, with num_play set to the number of random episodes.')
-    play = [order for order in orders if SPLITS[order.name].actor == 'play']
-    if not any(order.num_missing for order in play):
-        raise UserError(f'{cfg.out_dir} has all the play that was ordered, so that '
-                        f'player={cfg.player} has nothing to do: set num_play higher.')
-    for order in play:
-        load_player(cfg, SPLITS[order.name].kind)
+    for order in orders:
+        if SPLITS[order.name].actor == 'play' and order.num_missing:
+            load_player(cfg, SPLITS[order.name].kind)
 
 
 def fill(cfg, orders: list[Order]):

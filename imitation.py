@@ -184,8 +184,8 @@ class Demonstrations:
 
     @torch.no_grad()
     def features(self) -> torch.Tensor:
-        """Return all episodes' features, float32 (N, T+1, D), means over contexts: with noise the
-        inverse model would underrate actions."""
+        """Return all episodes' features, float32 (N, T+1, D), each the mean over its contexts: an
+        inverse model of noisy codes labels with actions that are too small."""
         return torch.stack([self.features_of(self._encode(i)).mean(0).cpu()
                             for i in range(len(self))])
 

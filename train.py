@@ -73,8 +73,8 @@ class Workspace:
 
         Args:
           kind: what its snapshots hold, 'expert' or 'imitator'.
-          agent_args: what `make_agent` takes, beside the device, for a `DrQV2Agent`; kept in the
-            snapshot, so that the agent can be made again from that alone.
+          agent_args: what `make_agent` takes beside the device; kept in the snapshot, so that the
+            agent can be made again from that alone.
           made_by: plain values to keep in the snapshot: where inputs came from.
           last: the snapshot to go on from, see `utils.load_last`.
           overlap: run the update in a thread beside the environment's step, one core each. It pays
@@ -299,7 +299,7 @@ def env_args(cfg) -> dict:
 def agent_args(cfg, agent_class: type, env) -> dict:
     """Return what the agent is made with: those settings that its class takes, by their names, and
     the sizes of the environment's observations and actions."""
-    names = {name for part in agent_class.__mro__ for name in inspect.signature(part).parameters}
+    names = inspect.signature(agent_class).parameters.keys()
     settings = OmegaConf.to_container(cfg, resolve=True)
     return {**{name: settings[name] for name in sorted(names - {'device'}) if name in settings},
             'obs_shape': list(env.observation_spec().shape),

@@ -26,8 +26,9 @@ from logger import SUCCESS, Progress, episode_scores
 from train import Loop, Workspace, agent_args, check_length
 from utils import UserError
 
-# The worst scores of the shipped translators whose imitators reach 0.8 on average (README,
-# "Results"), rounded, and 1 where more is better, -1 where less.
+FIXED = {'discount': 0.98, 'stddev': 0.3}  # of `ACAgent`; in every snapshot, but no settings
+# The worst scores, rounded, of the shipped translators with which imitators before the one recipe
+# (commit b30d46b) reached 0.8 on average; 1: more is better, -1: less.
 WORKED = {'agreement': (0.021, -1), 'agreement_play': (0.032, -1), 'rank': (0.47, 1),
           'rank_play': (0.42, 1), 'probe_gross': (0.054, -1), 'probe_gross_play': (0.25, -1)}
 
@@ -158,7 +159,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
         loop = Loop(action_repeat, paper.pop('num_seed_frames'), discount=0.98)
         make_agent, fixed = DrQV2Agent, {**paper, 'feature_dim': None, 'update_every_steps': 1}
     else:
-        loop, fixed = Loop(action_repeat), {}
+        loop, fixed = Loop(action_repeat, discount=FIXED['discount']), FIXED
 
         def make_agent(**args) -> ACAgent:  # called once all else is checked: it encodes the videos
             return ACAgent(**args, demos=demos.features(),

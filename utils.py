@@ -1023,10 +1023,11 @@ def slim(source: str | Path, target: str | Path):
                 for key, value in weights.items()}
     if 'agent' in payload:
         agent = payload['agent']
-        if 'mean' in agent['actor']:  # an `ac_agent.Learner`, whose mean acts
-            slimmed['agent'] = {'actor': {'mean': halved(agent['actor']['mean'])}}
-        else:
-            slimmed['agent'] = {key: halved(agent[key]) for key in ('encoder', 'actor')}
+        with must_fit(source, 'choose another'):
+            if 'mean' in agent['actor']:  # an `ac_agent.Learner`, whose mean acts
+                slimmed['agent'] = {'actor': {'mean': halved(agent['actor']['mean'])}}
+            else:
+                slimmed['agent'] = {key: halved(agent[key]) for key in ('encoder', 'actor')}
     if 'model' in payload:
         slimmed['model'] = halved(payload['model'])
     with atomic_write(target) as tmp:

@@ -32,7 +32,7 @@ from contexts import Scenery
 from generate_expert_video import RandomPlay, draw_episode, film, load_expert
 from imitation import HISTORY, LOOKAHEAD, Demonstrations, Guide, Imitation, Play, Translation
 from logger import Progress
-from train import Loop, Workspace, agent_args
+from train import Loop, Workspace, agent_args, check_length
 from train_ct import pose_vectors
 
 EPISODE_LEN = 50  # agent steps
@@ -141,6 +141,7 @@ def make_pose_workspace(cfg, work_dir: Path) -> Workspace:
     train_ac.check_settings(cfg)
     expert, env_args = load_expert(ROOT / f'experts/{cfg.task_name}.pt', cfg.task_name)
     env, repeat = dmc.make(cfg.task_name, **env_args), env_args['action_repeat']
+    check_length(cfg.num_train_frames, repeat)
     numbers = {'train': cfg.num_demos, 'valid': cfg.num_eval_demos, 'play': cfg.num_play}
     clips = {split: Poses(None if split == 'play' else expert, env, split, 1, num)
              for split, num in numbers.items()}
@@ -160,7 +161,8 @@ def make_pose_workspace(cfg, work_dir: Path) -> Workspace:
     return train_ac.Workspace(
         cfg, work_dir, 'imitator', train_env, eval_env,
         functools.partial(ACAgent, demos=demos.features(), play=play),
-        agent_args(cfg, ACAgent, train_env), Loop(repeat), {'recipe': cfg.recipe},
+        agent_args(cfg, ACAgent, train_env) | train_ac.FIXED,
+        Loop(repeat, discount=train_ac.FIXED['discount']), {'recipe': cfg.recipe},
         utils.load_last(work_dir, 'imitator', cfg.task_name))
 
 
@@ -168,7 +170,8 @@ def make_pose_workspace(cfg, work_dir: Path) -> Workspace:
 ORACLES = {
     'pose': [(train_ac, 'make_workspace', make_pose_workspace)],
     'end': [(module, 'Guide', EndGuide) for module in (imitation, ac_agent)],
-    'none': [(module, 'Guide', NoGuide) for module in (imitation, ac_agent)],
+    'none': [*((module, 'Guide', NoGuide) for module in (imitation, ac_agent)),
+             (ac_agent.Cloning, 'MAX_SHIFT', 0)],  # a shifted target would show which way to go
     'unconditioned': [(ac_agent, 'Discriminator', UnconditionedDiscriminator)]}
 
 
@@ -182,6 +185,8 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1] not in ORACLES:
         raise utils.UserError(f"usage: python benchmarks/oracles.py {{{','.join(ORACLES)}}} "
                               'task=TASK ...')
+    if 'recipe=liu2017' in sys.argv:
+        raise utils.UserError('oracles go with recipe=pose_code: leave recipe out.')
     oracle, command = sys.argv.pop(1), utils.command
     for module, name, stand_in in ORACLES[oracle]:
         setattr(module, name, stand_in)

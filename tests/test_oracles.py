@@ -1,5 +1,6 @@
 import functools
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import oracles
@@ -17,7 +18,7 @@ from oracles import (
 import ac_agent
 import dmc
 import train_ac
-from imitation import LOOKAHEAD, NUM_ACTIONS, Guide, Layout
+from imitation import HISTORY, LOOKAHEAD, NUM_ACTIONS, Guide, Layout
 from utils import UserError
 
 
@@ -59,6 +60,17 @@ def test_guides_that_show_less():
     history = torch.randn(2, 3, 3)
     assert (NoGuide(shown).shown(i, history) == history[:, :1]).all()
     assert not (Guide(shown).shown(i, history) == history[:, :1]).any()
+
+
+def test_without_a_demonstration_cloning_shows_no_targets_either(monkeypatch):
+    for module, name, stand_in in oracles.ORACLES['none']:
+        monkeypatch.setattr(module, name, stand_in)
+    layout, seen, demos = Layout(2, 1), [], torch.randn(3, 9, 2)
+    cloning = ac_agent.Cloning(layout, ac_agent.Guide(demos))
+    inverse = SimpleNamespace(label=lambda demos, i, steps, num: torch.zeros(len(i), num, 1))
+    cloning.loss(lambda obs: seen.append(obs) or obs[:, :1], inverse, 50)
+    targets = seen[0][:, HISTORY * 2:layout.num_seen]
+    assert targets.numel() and not targets.any()
 
 
 def test_a_discriminator_without_targets_rewards_all_targets_alike():
