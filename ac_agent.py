@@ -165,7 +165,7 @@ class InverseModel:
 
 class Cloning:
     """Makes the actor do what the inverse model reads out of demonstrations. Targets are shifted
-    by up to MAX_SHIFT steps: the nearest moment that the agent finds may be off by as much."""
+    by up to MAX_SHIFT steps: the moment that the agent finds nearest may be off by as much."""
 
     MAX_SHIFT = 2
 
@@ -189,8 +189,8 @@ class Discriminator:
     """Tells demonstrated moments from the agent's own (Torabi et al. 2018b, GAIfO).
 
     It sees codes and targets: a demonstration's moment with its own targets, the agent's with those
-    of the demonstration that it follows. So it learns what in the targets matters: only
-    the end, if only the end pose does; the gait, if any phase of it will do.
+    of the demonstration that it follows. So it learns what in the targets matters: only the end, if
+    only the end pose does; the gait, if any phase of it will do.
     """
 
     SLOPE_WEIGHT = 0.1  # keeps it smooth, so that being nearer pays (Gulrajani et al. 2017)
@@ -278,9 +278,9 @@ class ACAgent:
     """
 
     def __init__(self, obs_shape, action_dim: int, w_clone: float = 1.0, w_value: float = 1.0,
-                 lr: float = 1e-3, hidden_dim: int = 256, discount: float = 0.98,
-                 stddev: float = 0.3, precision: str = 'fp32', device=None,
-                 demos: torch.Tensor | None = None, play: Play | None = None):
+                 lr: float = 1e-3, hidden_dim: int = 256, precision: str = 'fp32', device=None,
+                 demos: torch.Tensor | None = None, play: Play | None = None, *,
+                 discount: float, stddev: float):
         """Make the agent; it learns only if it is given demonstrations and play.
 
         Args:
@@ -360,15 +360,17 @@ class ACAgent:
             learner.load_state_dict(state[name])
 
 
+def refuse_earlier(source: str | Path, agent_args: dict, remedy: str):
+    """Refuse an imitator from before the one recipe (UserError)."""
+    if 'lookahead' in agent_args:
+        raise UserError(f'{source} is of an earlier version, whose imitators saw their '
+                        f'demonstrations otherwise: {remedy}.')
+
+
 def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, task_name: str,
                   evaluate: bool = False) -> tuple[Imitation, ACAgent | DrQV2Agent]:
-    """Return an imitator's environment with these demonstrations, and the imitator, to act on the
-    CPU.
-
-    Args:
-      path: its snapshot; translator: the one that it was trained with.
-      videos: the split to imitate.
-      evaluate: see `Imitation`.
+    """Return an imitator's environment, see `Imitation`, and the imitator, to act on the CPU: from
+    its snapshot, the translator that it was trained with, and the split of videos to imitate.
 
     Raises: UserError if one of them is missing, or they do not go together.
     """
@@ -376,9 +378,7 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
     made = utils.load_snapshot(path, 'imitator', task_name, remedy=retrain)
     with utils.must_fit(path, retrain):
         made_by, args = made['made_by'], made['agent_args']
-        if 'lookahead' in args:
-            raise UserError(f'{path} is of an earlier version, whose imitators saw their '
-                            f'demonstrations otherwise: {retrain}.')
+        refuse_earlier(path, args, retrain)
         if 'oracle' in made_by:  # see benchmarks/oracles.py
             raise UserError(f'{path} was trained by an oracle, which sees what an imitator never '
                             'has: choose a run of train_ac.py.')

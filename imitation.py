@@ -98,8 +98,8 @@ class Guide:
         return off.square_().mean(2).argmin(1)
 
     def targets(self, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Return demonstrations number i (B,) LOOKAHEAD after steps (B,), and at their end:
-        (B, len(LOOKAHEAD) + 1, D)."""
+        """Return the codes of demonstrations number i (B,) at steps (B,) + LOOKAHEAD, and their
+        last: (B, len(LOOKAHEAD) + 1, D)."""
         return torch.cat([moments(self.demos, i, steps, LOOKAHEAD), self.demos[i, -1:]], dim=1)
 
     def shown(self, i: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
@@ -172,8 +172,8 @@ class Demonstrations:
     def _encode(self, i: int) -> torch.Tensor:
         """Return z1 (C, T+1, Z) of episode i."""
         if i not in self._encoded:
-            frames = torch.from_numpy(np.array(self.clips.frames(i))).to(self._device)
-            self._encoded[i] = self._model.encode(frames)
+            frames = torch.from_numpy(np.array(self.clips.frames(i)))
+            self._encoded[i] = self._model.encode(frames.to(self._device))
         return self._encoded[i]
 
     @torch.no_grad()
@@ -196,8 +196,7 @@ class Demonstrations:
         first image, uint8 (H, W, 3); with `images` decode it, which takes most of the time."""
         z, decoded = self._encode(i)[sources], None                                # (n, T+1, Z)
         shape, code = z.shape[:2], self._model.code
-        if code:
-            features = self.features_of(z)
+        features = self.features_of(z) if code else None
         if images or not code:
             context = self._model.context(torch.from_numpy(first).to(self._device)[None])
             # The n videos share the context: to the translator they are one clip of n (T+1) frames.
@@ -225,8 +224,8 @@ class Imitation(dmc.Wrapper):
 
     The task's own reward is hidden. With `evaluate`, `episode_info` has its sum (`task_return`) and
     a random policy's from the same start (`random_return`); how far the episode stayed from its
-    demonstration (`distance`) and from another one (`distance_other`); if they are known also
-    `expert_return` and the PSNR of the translation and of the first frame.
+    demonstration (`distance`) and from another one, if there is one (`distance_other`); if known
+    also `expert_return` and the PSNR of the translation and of the first frame.
     """
 
     needs_images = False  # of the translation, to learn from
@@ -245,8 +244,7 @@ class Imitation(dmc.Wrapper):
     def reset(self, episode_seed: int | None = None):
         """Begin an episode, whose demonstration and context depend on the seed alone."""
         rng = self._rng if episode_seed is None else np.random.default_rng(episode_seed)
-        i = int(rng.integers(len(self._demos)))
-        clips = self._demos.clips
+        i, clips = int(rng.integers(len(self._demos))), self._demos.clips
         self.start_seed, context, sources, truth = self._draw_start(i, rng)
         random_return = self._random_return(self.start_seed) if self._evaluate else None
         self._env.reset(episode_seed=self.start_seed, context=context)
@@ -259,8 +257,11 @@ class Imitation(dmc.Wrapper):
         self._step, self._ended, self.episode_info = 0, False, {}
         self._source = clips.frames(i)[sources[0]]
         if self._evaluate:
-            other = (i + 1 + int(rng.integers(max(len(self._demos) - 1, 1)))) % len(self._demos)
-            self._other = self._demos.translate(other, sources, self._frame).features
+            self._compared = {'distance': self._translation.features}
+            if (num := len(self._demos)) > 1:
+                other = (i + 1 + int(rng.integers(num - 1))) % num
+                self._compared['distance_other'] = self._demos.translate(
+                    other, sources, self._frame).features
             self.episode_info = {'task_return': 0.0, 'random_return': random_return}
             if not clips.imported:
                 self.episode_info |= {
@@ -279,8 +280,8 @@ class Imitation(dmc.Wrapper):
             return (int(rng.integers(2 ** 31)), scenery.sample(rng, clips.meta['contexts']),
                     contexts, None)
         own = contexts.pop(int(rng.integers(len(contexts))))
-        return (demo['episode_seed'], np.asarray(demo['contexts'][own]), contexts,
-                clips.frames(i)[own])
+        context = np.asarray(demo['contexts'][own])
+        return demo['episode_seed'], context, contexts, clips.frames(i)[own]
 
     def _random_return(self, episode_seed: int) -> float:
         rng, total = np.random.default_rng(episode_seed), 0.0
@@ -305,8 +306,8 @@ class Imitation(dmc.Wrapper):
         if self._evaluate:
             self.episode_info['task_return'] += time_step.reward
             if self._ended:
-                self.episode_info |= {'distance': self._distance_from(self._translation.features),
-                                      'distance_other': self._distance_from(self._other)}
+                self.episode_info |= {name: self._distance_from(shown)
+                                      for name, shown in self._compared.items()}
         kind = dm_env.termination if self._ended else dm_env.transition
         return kind(self._reward(), self._observe())
 
@@ -351,9 +352,8 @@ class PaperImitation(Imitation):
     def __init__(self, env, demos: Demonstrations, im_size: int, evaluate: bool, w_img: float):
         super().__init__(env, demos, im_size, evaluate)
         self._w_img, self.needs_images = w_img, w_img > 0
-        # of pixels in [0, 1] over time, a mean over demonstrations
-        self._image_var = w_img and np.mean([np.var(demos.clips.frames(i)[0] / 255.0, axis=0)
-                                             for i in range(len(demos))[:20]])
+        self._image_var = w_img and np.mean([  # of pixels in [0, 1] over time
+            np.var(demos.clips.frames(i)[0] / 255.0, axis=0) for i in range(len(demos))[:20]])
 
     def observation_spec(self):
         return specs.Array(((HISTORY + len(self.AHEAD)) * self._demos.feature_dim + 1,),
@@ -362,9 +362,9 @@ class PaperImitation(Imitation):
     def _observe(self) -> np.ndarray:
         targets = moments(self._translation.features[None], torch.tensor([0]),
                           torch.tensor([self._step]), self.AHEAD)[0]
-        left = torch.tensor([1 - self._step / self._horizon])
-        return torch.cat([from_now(self._history()).flatten(),
-                          (targets - self._codes[-1]).flatten(), left]).numpy()
+        return torch.cat([
+            from_now(self._history()).flatten(), (targets - self._codes[-1]).flatten(),
+            torch.tensor([1 - self._step / self._horizon])]).numpy()
 
     def _reward(self) -> float:
         target = self._translation.features[self._step]

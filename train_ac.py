@@ -19,14 +19,14 @@ import dmc
 import imitation
 import utils
 import video
-from ac_agent import ACAgent
+from ac_agent import ACAgent, refuse_earlier
 from drqv2 import DrQV2Agent
 from imitation import Demonstrations, load_translator
 from logger import SUCCESS, Progress, episode_scores
 from train import Loop, Workspace, agent_args, check_length
 from utils import UserError
 
-FIXED = {'discount': 0.98, 'stddev': 0.3}  # of `ACAgent`; in every snapshot, but no settings
+FIXED = {'discount': 0.98, 'stddev': 0.3}  # of `ACAgent`: in every snapshot, but no settings
 # The worst scores, rounded, of the shipped translators with which imitators before the one recipe
 # (commit b30d46b) reached 0.8 on average; 1: more is better, -1: less.
 WORKED = {'agreement': (0.021, -1), 'agreement_play': (0.032, -1), 'rank': (0.47, 1),
@@ -71,8 +71,9 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
                   ('PSNR of the translation', f"{result['psnr_translation']:.1f} dB"),
                   ('PSNR of copying the first frame', f"{result['psnr_copy_first']:.1f} dB")]
     else:
-        table += [('squared distance from its video', f"{result['distance']:.3f}"),
-                  ('the same from another video', f"{result['distance_other']:.3f}")]
+        table += [(name, f'{result[key]:.3f}') for name, key in (
+            ('squared distance from its video', 'distance'),
+            ('the same from another video', 'distance_other')) if key in result]
         note = ("\nWhat the videos' expert returned is not known, so there is no score. The agent "
                 "starts from resets of its own. Distances are of codes, a mean over a video's "
                 'moments: how far the nearest moment of the episode is.\n')
@@ -140,9 +141,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     check_length(cfg.num_train_frames, action_repeat)
     last = utils.load_last(work_dir, 'imitator', cfg.task_name)
     with utils.must_fit(work_dir / 'snapshot.pt', 'start a new run'):
-        if last and 'lookahead' in last['agent_args']:  # else all that differs would be listed
-            raise UserError(f'the run in {work_dir} is of an earlier version, whose imitators saw '
-                            'their demonstrations otherwise: start a new run.')
+        if last:  # else all that differs would be listed
+            refuse_earlier(f'the run in {work_dir}', last['agent_args'], 'start a new run')
         # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
         scale = last and last['made_by'].get('scale')
     demos = Demonstrations(model, splits['train'], scale)
@@ -156,7 +156,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     if cfg.recipe == 'liu2017':
         paper = OmegaConf.to_container(cfg.liu2017)
         made_by['w_img'] = paper.pop('w_img')
-        loop = Loop(action_repeat, paper.pop('num_seed_frames'), discount=0.98)
+        loop = Loop(action_repeat, paper.pop('num_seed_frames'), discount=FIXED['discount'])
         make_agent, fixed = DrQV2Agent, {**paper, 'feature_dim': None, 'update_every_steps': 1}
     else:
         loop, fixed = Loop(action_repeat, discount=FIXED['discount']), FIXED

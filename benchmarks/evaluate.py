@@ -173,12 +173,14 @@ def judge(path: Path, args: argparse.Namespace) -> str:
     text = (f'{path}, {kind} of {task}: {returns.mean():.1f} ± {returns.std():.1f} over '
             f'{len(returns)} episodes, lowest {returns.min():.1f}')
     if kind == 'imitator' and 'expert_return' not in results[0]:  # of own videos
-        low, distance, other = (np.array([result[name] for result in results])
-                                for name in ('random_return', 'distance', 'distance_other'))
-        scores = -distance
-        text += (f'; random {low.mean():.1f}; squared distance from its video '
-                 f'{distance.mean():.3f}, from another video {other.mean():.3f}; no score, since '
-                 "the return of the videos' expert is not known")
+        means = {name: np.mean([result[name] for result in results])
+                 for name in ('random_return', 'distance', 'distance_other') if name in results[0]}
+        scores = -np.array([result['distance'] for result in results])
+        other = (f", from another video {means['distance_other']:.3f}"
+                 if 'distance_other' in means else '')
+        text += (f"; random {means['random_return']:.1f}; squared distance from its video "
+                 f"{means['distance']:.3f}{other}; no score, since the return of the videos' "
+                 'expert is not known')
     elif kind == 'imitator':
         expert, low = (np.array([result[f'{who}_return'] for result in results])
                        for who in ('expert', 'random'))

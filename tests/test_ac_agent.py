@@ -281,7 +281,8 @@ def test_the_actor_climbs_the_lower_value_whatever_its_scale():
 def make_agent(play=PLAY, **changes):
     torch.manual_seed(0)
     return ACAgent((LAYOUT.size,), 2, **{'demos': DEMOS, 'play': play, 'hidden_dim': 32,
-                                         'lr': 3e-3, 'device': CPU} | changes)
+                                         'lr': 3e-3, 'device': CPU, 'discount': 0.98,
+                                         'stddev': 0.3} | changes)
 
 
 def test_half_of_a_batch_is_replay_if_there_is_any(monkeypatch, tmp_path):

@@ -374,6 +374,15 @@ def test_evaluation_tells_how_near_it_came_to_its_own_and_to_another():
     assert seen == {(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)}
 
 
+def test_where_there_is_one_demonstration_there_is_no_other_to_compare_with():
+    class Only(FakeDemos):
+        def __len__(self):
+            return 1
+    env, _ = make(evaluate=True, demos=Only())
+    play_still(env, 4, 0)
+    assert 'distance' in env.episode_info and 'distance_other' not in env.episode_info
+
+
 def test_the_seed_draws_demonstration_and_context():
     env, demos = make()
     one, asked = env.reset(episode_seed=3), demos.asked

@@ -288,7 +288,8 @@ def test_slim_keeps_what_acting_needs(tmp_path, monkeypatch):
 @pytest.mark.parametrize('demos, play', [
     (None, None), (torch.zeros(2, 5, 3), Play(torch.zeros(1, 5, 3), torch.zeros(1, 4, 2)))])
 def test_a_slim_imitator_acts_as_the_whole_one_does(tmp_path, demos, play):
-    args = {'obs_shape': [Layout(3, 2).size], 'action_dim': 2, 'hidden_dim': 64}
+    args = {'obs_shape': [Layout(3, 2).size], 'action_dim': 2, 'hidden_dim': 64, 'discount': 0.9,
+            'stddev': 0.3}
     agent = ACAgent(**args, demos=demos, play=play)
     utils.save_snapshot(tmp_path / 'run.pt', 'imitator', 'reacher_hard',
                         {'agent': agent.state_dict(), 'agent_args': args, 'made_by': {}})
