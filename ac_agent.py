@@ -1,8 +1,5 @@
-"""The imitator's agent: one recipe for every task, a sum of terms that each stand in one class.
-
-It learns from demonstrations without actions, from its own play and from its own steps. It never
-sees the task's reward.
-"""
+"""The imitator's agent, a sum of terms that each stand in one class. It learns from demonstrations
+without actions, from its own play and its own steps, never from a task's reward."""
 import copy
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +23,7 @@ from imitation import (
     Imitation,
     Layout,
     Play,
+    draw_moments,
     from_now,
     histories,
     load_translator,
@@ -49,14 +47,11 @@ class Moments(NamedTuple):
 
 def draw_play(play: Play, guide: Guide, layout: Layout, num: int) -> Moments:
     """Draw moments of play, uniformly, each with a demonstration drawn for it."""
-    device = play.actions.device
-    i = torch.randint(len(play.actions), (num,), device=device)
-    steps = torch.randint(play.actions.shape[1], (num,), device=device)
-    followed = torch.randint(len(guide.demos), (num,), device=device)
-    at = steps[:, None] - torch.arange(NUM_ACTIONS + 1, device=device)
+    (i, steps), followed = draw_moments(play.codes, num), draw_moments(guide.demos, num)[0]
+    at = steps[:, None] - torch.arange(NUM_ACTIONS + 1, device=steps.device)
     actions = play.actions[i[:, None], at.clamp(min=0)] * (at >= 0)[..., None]
-    history, later = (histories(play.codes, i, steps),
-                      moments(play.codes, i, steps, range(1, NUM_LATER + 1)))
+    history = histories(play.codes, i, steps)
+    later = moments(play.codes, i, steps, range(1, NUM_LATER + 1))
     obs, next_obs = (layout.join(codes, guide.shown(followed, codes), before) for codes, before in (
         (history, actions[:, 1:]),
         (torch.cat([later[:, :1], history[:, :-1]], dim=1), actions[:, :-1])))
@@ -65,16 +60,16 @@ def draw_play(play: Play, guide: Guide, layout: Layout, num: int) -> Moments:
 
 def draw_replay(replay_buffer, layout: Layout, num: int) -> Moments:
     """Draw moments of what was replayed, uniformly, each with the demonstration it followed."""
-    obs, action, _, _, next_obs, *later = replay_buffer.sample(
-        num, ahead=tuple(range(2, NUM_LATER + 1)))
+    ahead = tuple(range(2, NUM_LATER + 1))
+    obs, action, _, _, next_obs, *later = replay_buffer.sample(num, ahead=ahead)
     later = [layout.split(each)[0][:, 0] for each in (next_obs, *later)]
     return Moments(layout.split(obs)[0], torch.stack(later, dim=1), action, obs, next_obs)
 
 
 def action_loss(predicted: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-    """Return the Huber loss, 0-d: absolute error, squared below 0.1. Experts often act at the
-    bounds, and a squared error would blur where they switch."""
-    return F.smooth_l1_loss(predicted, action, beta=0.1)
+    """Return the Huber losses (B, 1) of actions (B, A): absolute errors, squared below 0.1. Experts
+    often act at the bounds, and a squared error would blur where they switch."""
+    return F.smooth_l1_loss(predicted, action, beta=0.1, reduction='none').mean(1, keepdim=True)
 
 
 class Learner:
@@ -148,7 +143,8 @@ class InverseModel:
         return torch.cat([from_now(history), later - history[:, :1]], dim=1).flatten(1)
 
     def fit(self, own: Moments) -> dict[str, torch.Tensor]:
-        loss = action_loss(self.learner.net(self._input(own.history, own.later)), own.action)
+        loss = action_loss(self.learner.net(self._input(own.history, own.later)),
+                           own.action).mean()
         self.learner.descend(loss)
         return {'inverse_loss': loss.detach()}
 
@@ -164,33 +160,45 @@ class InverseModel:
 
 
 class Cloning:
-    """Makes the actor do what the inverse model reads out of demonstrations. Targets are shifted
-    by up to MAX_SHIFT steps: the moment that the agent finds nearest may be off by as much."""
+    """Makes the actor do what the inverse model reads out of demonstrations.
+
+    Targets are shifted by up to MAX_SHIFT steps: the moment that the agent finds nearest may be off
+    by as much. With a discriminator, as many moments more see another demonstration's targets, for
+    an agent is never quite where its own was. They weigh what a later moment of theirs earns with
+    these targets: hardly anything, if each demonstration has a goal of its own.
+    """
 
     MAX_SHIFT = 2
 
     def __init__(self, layout: Layout, guide: Guide):
         self._layout, self._guide = layout, guide
 
-    def loss(self, actor: nn.Module, inverse: InverseModel, batch_size: int) -> torch.Tensor:
+    def loss(self, actor: nn.Module, inverse: InverseModel, batch_size: int,
+             discriminator: 'Discriminator | None' = None) -> torch.Tensor:
         """Return how far the actor is from the inverse model's labels at random moments, 0-d."""
-        demos = self._guide.demos
-        i = torch.randint(len(demos), (batch_size,), device=demos.device)
-        steps = torch.randint(demos.shape[1] - 1, (batch_size,), device=demos.device)
-        shift = torch.randint(-self.MAX_SHIFT, self.MAX_SHIFT + 1, (batch_size,),
-                              device=demos.device)
+        guide, demos, join = self._guide, self._guide.demos, self._layout.join
+        num = batch_size if discriminator else 0  # of moments more
+        i, steps = draw_moments(demos, batch_size + num)
         labels = inverse.label(demos, i, steps, NUM_ACTIONS + 1)
-        obs = self._layout.join(histories(demos, i, steps), self._guide.targets(i, steps + shift),
-                                labels[:, 1:])
-        return action_loss(actor(obs), labels[:, 0])
+        shift = torch.randint_like(steps, -self.MAX_SHIFT, self.MAX_SHIFT + 1)
+        history, targets = histories(demos, i, steps), guide.targets(i, steps + shift)
+        weight = torch.ones_like(labels[:, 0, :1])
+        if num:
+            others, left = draw_moments(demos, num)[0], demos.shape[1] - 1 - steps[:num]
+            ahead = 1 + (torch.rand_like(weight[:num, 0]) * left).long()
+            later = histories(demos, i[:num], steps[:num] + ahead)
+            targets[:num] = guide.shown(others, history[:num])
+            weight[:num] = discriminator.reward(join(later, guide.shown(others, later)))
+        obs = join(history, targets, labels[:, 1:])
+        return (action_loss(actor(obs), labels[:, 0]) * weight).sum() / weight.sum()
 
 
 class Discriminator:
     """Tells demonstrated moments from the agent's own (Torabi et al. 2018b, GAIfO).
 
     It sees codes and targets: a demonstration's moment with its own targets, the agent's with those
-    of the demonstration that it follows. So it learns what in the targets matters: only the end, if
-    only the end pose does; the gait, if any phase of it will do.
+    of the one that it follows. So it learns what in the targets matters: only the end, if only the
+    end pose does; the gait, if any phase of it will do.
     """
 
     SLOPE_WEIGHT = 0.1  # keeps it smooth, so that being nearer pays (Gulrajani et al. 2017)
@@ -200,22 +208,17 @@ class Discriminator:
         self._layout, self._guide = layout, guide
         self.learner = Learner(normed_mlp(layout.num_seen, hidden_dim, 1), lr, device)
 
-    def _seen(self, obs: torch.Tensor) -> torch.Tensor:
-        return obs[:, :self._layout.num_seen]  # what a demonstration shows, too: no actions
-
     def _demonstrated(self, batch_size: int) -> torch.Tensor:
         """Draw moments of demonstrations, with their own targets (B, num_seen)."""
         demos = self._guide.demos
-        i = torch.randint(len(demos), (batch_size,), device=demos.device)
+        i, steps = draw_moments(demos, batch_size)
         # The later of two: early moments show more of the start than of the task.
-        steps = torch.randint(demos.shape[1], (2, batch_size), device=demos.device).amax(0)
-        none = demos.new_zeros(batch_size, NUM_ACTIONS, self._layout.action_dim)
-        return self._seen(self._layout.join(histories(demos, i, steps),
-                                            self._guide.targets(i, steps), none))
+        steps = steps.maximum(torch.randint_like(steps, demos.shape[1]))
+        return self._layout.join(histories(demos, i, steps), self._guide.targets(i, steps))
 
     def fit(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Fit it to the agent's own observations (B, n) beside as many demonstrated moments."""
-        own, shown = self._seen(obs), self._demonstrated(len(obs))
+        own, shown = obs[:, :self._layout.num_seen], self._demonstrated(len(obs))
         some = len(obs) // 4  # for the penalty on its slope between the two, which is dear
         between = torch.lerp(own[:some], shown[:some], torch.rand_like(own[:some, :1]))
         logits = self.learner.net(torch.cat([own, shown, between.requires_grad_()]))
@@ -228,8 +231,8 @@ class Discriminator:
 
     @torch.no_grad()
     def reward(self, obs: torch.Tensor) -> torch.Tensor:
-        """Return the probability that observations (B, n) are demonstrated: (B, 1)."""
-        return self.learner.net(self._seen(obs)).sigmoid()
+        """Return the probability that observations (B, n or num_seen) are demonstrated: (B, 1)."""
+        return self.learner.net(obs[:, :self._layout.num_seen]).sigmoid()
 
 
 class Critic:
@@ -238,8 +241,7 @@ class Critic:
     def __init__(self, layout: Layout, hidden_dim: int, lr: float, device: torch.device,
                  discount: float, stddev: float):
         self._discount, self._stddev = discount, stddev
-        # With layer normalisation it does not overestimate actions absent from play (Ball et al.
-        # 2023).
+        # Layer normalisation keeps values of actions that nobody took low (Ball et al. 2023).
         nets = nn.ModuleList(normed_mlp(layout.size + layout.action_dim, hidden_dim, 1)
                              for _ in range(2))
         self.learner = Learner(nets, lr, device, rate=0.01)  # its mean is the target network
@@ -253,9 +255,8 @@ class Critic:
     def fit(self, own: Moments, reward: torch.Tensor, actor: Policy) -> dict[str, torch.Tensor]:
         """Fit it towards reward (B, 1) + discount Q'(next)."""
         with torch.no_grad():
-            next_action = actor.noisy(own.next_obs, self._stddev)
-            target = reward + self._discount * self._values(
-                self.learner.mean, own.next_obs, next_action).amin(0)
+            after = own.next_obs, actor.noisy(own.next_obs, self._stddev)
+            target = reward + self._discount * self._values(self.learner.mean, *after).amin(0)
         values = self._values(self.learner.net, own.obs, own.action)
         loss = 2 * F.mse_loss(values, target.expand_as(values))
         self.learner.descend(loss)
@@ -284,7 +285,6 @@ class ACAgent:
         """Make the agent; it learns only if it is given demonstrations and play.
 
         Args:
-          obs_shape: (n,), see `Layout`.
           w_clone, w_value: weights in the actor's loss; what weighs 0 is left out.
           lr: learning rate; the discriminator's is lower, since the critic has to follow it.
           stddev: of the noise on actions, while exploring and in the critic's losses.
@@ -299,8 +299,8 @@ class ACAgent:
         self._learners = {'actor': self.actor}
         if demos is None:
             return
-        self._play, self._guide = Play(*(x.to(self.device) for x in play)), Guide(
-            demos.to(self.device))
+        self._play = Play(*(each.to(self.device) for each in play))
+        self._guide = Guide(demos.to(self.device))
         self.inverse = InverseModel(layout, hidden_dim, lr, self.device)
         self._cloning = Cloning(layout, self._guide)
         self.discriminator = Discriminator(layout, self._guide, hidden_dim, lr * 0.3, self.device)
@@ -309,28 +309,28 @@ class ACAgent:
                            for name in ('inverse', 'discriminator', 'critic')}
 
     def pretrain(self, num_updates: int, batch_size: int) -> Iterator[int]:
-        """Learn from demonstrations and play alone; yield after each update. Most of them clone
-        only: the value is dear, and takes an actor that is worth judging."""
+        """Learn from demonstrations and play alone; yield after each update. Most only clone: the
+        value is dear, and takes an actor that is worth judging."""
         for number in range(num_updates):
-            clones_only = self._w_clone and number < 0.8 * num_updates
-            self._update(None, batch_size, 0.0 if clones_only else self._w_value)
+            clones_only = self._w_clone > 0 and number < 0.8 * num_updates
+            self.update(None, batch_size, number, clones_only)
             yield number + 1
 
-    def update(self, replay_buffer, batch_size: int, step: int) -> dict[str, torch.Tensor]:
+    def update(self, replay_buffer, batch_size: int, step: int, clones_only: bool = False
+               ) -> dict[str, torch.Tensor]:
         """Update all parts once, and return metrics; `step` does not matter."""
-        return self._update(replay_buffer, batch_size, self._w_value)
-
-    def _update(self, replay_buffer, batch_size: int, w_value: float) -> dict[str, torch.Tensor]:
-        own = self._draw(replay_buffer, batch_size)
-        metrics, loss = {}, 0.0
+        own, metrics, loss = self._draw(replay_buffer, batch_size), {}, 0.0
+        w_value = 0.0 if clones_only else self._w_value
         if self._w_clone:
             metrics |= self.inverse.fit(own)
-            loss = self._w_clone * self._cloning.loss(self.actor.net, self.inverse, batch_size)
         if w_value:
             metrics |= self.discriminator.fit(own.next_obs)
-            metrics |= self.critic.fit(own, self.discriminator.reward(own.next_obs),
-                                       self.actor.net)
-            loss = loss + w_value * self.critic.loss(self.actor.net, own.obs)
+            reward = self.discriminator.reward(own.next_obs)
+            metrics |= self.critic.fit(own, reward, self.actor.net)
+            loss = w_value * self.critic.loss(self.actor.net, own.obs)
+        if self._w_clone:
+            loss = loss + self._w_clone * self._cloning.loss(
+                self.actor.net, self.inverse, batch_size, self.discriminator if w_value else None)
         self.actor.descend(loss)
         return metrics | {'actor_loss': loss.detach()}
 
@@ -346,10 +346,10 @@ class ACAgent:
     @torch.no_grad()
     def act(self, obs: np.ndarray, step: int, eval_mode: bool) -> np.ndarray:
         """Return the action, float32 (action_dim,) in [-1, 1], for one observation (n,)."""
-        action = self.actor.mean(torch.as_tensor(obs, device=self.device)[None])
+        action = self.actor.mean(torch.as_tensor(obs, device=self.device)[None])[0]
         if not eval_mode:
             action = (action + self._stddev * torch.randn_like(action)).clamp(-1, 1)
-        return action.cpu().numpy()[0]
+        return action.cpu().numpy()
 
     def state_dict(self) -> dict:
         return {name: learner.state_dict() for name, learner in self._learners.items()}

@@ -1,5 +1,5 @@
-"""Imitation as an ordinary RL environment, so that train.py's loop serves it: the demonstrations,
-the translator at work on them, what the agent sees of them, and the paper's reward."""
+"""Imitation as an ordinary RL environment, so that train.py's loop serves it: demonstrations, the
+translator at work on them, what the agent sees of them, the paper's reward."""
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,12 @@ def moments(episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor, offset
     (B, n, D); beyond both ends the first and the last one."""
     at = steps[:, None] + torch.tensor(list(offsets), dtype=torch.long, device=steps.device)
     return episodes[i[:, None], at.clamp(0, episodes.shape[1] - 1)]
+
+
+def draw_moments(episodes: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw numbers and steps (num,) of moments of `episodes` (N, T+1, D), none of them the last."""
+    return tuple(torch.randint(high, (num,), device=episodes.device)
+                 for high in (len(episodes), episodes.shape[1] - 1))
 
 
 def histories(episodes: torch.Tensor, i: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -63,11 +69,11 @@ class Layout(NamedTuple):
         """Numbers before the actions: what can be seen of a demonstration, too."""
         return (HISTORY + len(LOOKAHEAD) + 1) * self.code_dim
 
-    def join(self, history: torch.Tensor, targets: torch.Tensor, actions: torch.Tensor
+    def join(self, history: torch.Tensor, targets: torch.Tensor, *actions: torch.Tensor
              ) -> torch.Tensor:
-        """Join codes (..., HISTORY, D), targets (..., n, D), actions (..., NUM_ACTIONS, A)."""
-        return torch.cat([from_now(history).flatten(-2),
-                          (targets - history[..., :1, :]).flatten(-2), actions.flatten(-2)], dim=-1)
+        """Join codes (..., HISTORY, D), targets (..., n, D), and actions (..., NUM_ACTIONS, A)."""
+        parts = from_now(history), targets - history[..., :1, :], *actions
+        return torch.cat([part.flatten(-2) for part in parts], dim=-1)
 
     def split(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes (..., HISTORY, D) and actions (..., NUM_ACTIONS, A)."""
@@ -80,16 +86,14 @@ class Guide:
     """Shows an agent demonstrations, float32 (N, T+1, D).
 
     The agent sees what comes after the moment that is nearest to its own last codes. There is no
-    clock: a demonstration waits for an agent that is late, and any moment of any episode can be
-    paired with any demonstration.
+    clock: any moment of any episode can be paired with any demonstration.
     """
 
     def __init__(self, demos: torch.Tensor):
         self.demos = demos
-        number, num_moments = demos.shape[:2]
-        steps = torch.arange(num_moments, device=demos.device).repeat(number)
-        i = torch.arange(number, device=demos.device).repeat_interleave(num_moments)
-        self._histories = histories(demos, i, steps).view(number, num_moments, -1)
+        before = [demos[:, :1].expand(-1, back, -1) for back in range(HISTORY)]  # the start
+        self._histories = torch.cat([torch.cat([start, demos], 1)[:, :demos.shape[1]]
+                                     for start in before], dim=2)
 
     def nearest(self, i: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         """Return the steps (B,) at which demonstrations number i (B,) are nearest to histories
@@ -233,8 +237,8 @@ class Imitation(dmc.Wrapper):
     def __init__(self, env, demos: Demonstrations, im_size: int, evaluate: bool = False):
         """Take the task, with the expert's action repeat, and what to follow."""
         super().__init__(env)
-        self._demos, self._im_size = demos, im_size
-        self._evaluate, self._ended, self._rng = evaluate, True, np.random.default_rng(0)
+        self._demos, self._im_size, self._evaluate = demos, im_size, evaluate
+        self._ended, self._rng = True, np.random.default_rng(0)
         self._horizon = demos.clips.frames(0).shape[1] - 1
         self._layout = Layout(demos.feature_dim, env.action_spec().shape[0])
 
@@ -296,9 +300,8 @@ class Imitation(dmc.Wrapper):
     def step(self, action):
         if self._ended:
             return self.reset()
-        time_step = self._env.step(action)
-        newest = torch.as_tensor(action, dtype=torch.float32)[None]
-        self._actions = torch.cat([newest, self._actions])[:NUM_ACTIONS]
+        time_step, taken = self._env.step(action), torch.as_tensor(action, dtype=torch.float32)
+        self._actions = torch.cat([taken[None], self._actions])[:NUM_ACTIONS]
         self._step += 1
         self._frame = self._env.render(self._im_size)
         self._codes.append(self._demos.encode(self._frame))
@@ -375,16 +378,13 @@ class PaperImitation(Imitation):
         return -(self._step / self._horizon) ** 2 * distance
 
 
-def make_env(demos: Demonstrations, w_img: float | None = None, evaluate: bool = False
-             ) -> Imitation:
+def make_env(demos: Demonstrations, w_img: float | None = None, evaluate=False) -> Imitation:
     """Return the environment of the demonstrations' task, with their scenery and action repeat;
     with `w_img` the paper's."""
     meta = demos.clips.meta
-    env = dmc.ActionRepeat(dmc.load_suite(meta['task'], Scenery(meta['scenery'])),
-                           meta['action_repeat'])
-    if w_img is None:
-        return Imitation(env, demos, meta['im_size'], evaluate)
-    return PaperImitation(env, demos, meta['im_size'], evaluate, w_img)
+    env = dmc.load_suite(meta['task'], Scenery(meta['scenery']))
+    args = dmc.ActionRepeat(env, meta['action_repeat']), demos, meta['im_size'], evaluate
+    return Imitation(*args) if w_img is None else PaperImitation(*args, w_img)
 
 
 class Play(NamedTuple):

@@ -59,9 +59,18 @@ class NoGuide(Guide):
 class UnconditionedDiscriminator(Discriminator):
     """Sees codes without targets."""
 
-    def _seen(self, obs):
+    def _blank(self, obs):
         codes = obs[:, :HISTORY * self._layout.code_dim]
         return torch.nn.functional.pad(codes, (0, self._layout.num_seen - codes.shape[1]))
+
+    def _demonstrated(self, batch_size):
+        return self._blank(super()._demonstrated(batch_size))
+
+    def fit(self, obs):
+        return super().fit(self._blank(obs))
+
+    def reward(self, obs):
+        return super().reward(self._blank(obs))
 
 
 class Poses:

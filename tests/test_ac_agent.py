@@ -140,7 +140,9 @@ def test_play_follows_a_demonstration_drawn_for_it_and_replay_the_one_that_it_fo
 
 
 def test_action_loss_is_absolute_beyond_a_tenth():
-    losses = [float(action_loss(torch.tensor([x]), torch.zeros(1))) for x in (1.5, 0.5, 0.08, 0.04)]
+    losses = action_loss(torch.tensor([[1.5, 1.5], [0.5, 0.5], [0.08, 0.0], [0.04, 0.0]]),
+                         torch.zeros(4, 2))
+    assert losses.shape == (4, 1)
     assert losses[0] - losses[1] == pytest.approx(1.0)
     assert losses[2] == pytest.approx(4 * losses[3])
 
@@ -222,6 +224,49 @@ def test_in_cloning_targets_are_shifted_and_actions_are_the_labels_before():
     middle = (steps > 3) & (steps < 15)
     nearest = (10 * seen[0][middle, HISTORY * 2]).round() - LOOKAHEAD[0]  # from the agent's moment
     assert set(nearest.tolist()) == {-2, -1, 0, 1, 2}
+
+
+@pytest.mark.parametrize('earned', [0.0, 0.25])
+def test_cloned_moments_that_see_others_targets_weigh_what_their_later_moments_earn(earned):
+    judged, seen = [], []
+    discriminator = SimpleNamespace(
+        reward=lambda obs: judged.append(obs) or torch.full((len(obs), 1), earned))
+
+    def actor(obs):  # is right for moments that see their own targets, and 1 off for the others
+        seen.append(obs)
+        history, before = LAYOUT.split(obs)
+        own = (targets_of(obs)[:, -1:] - DEMOS[:, -1]).square().sum(2).argmin(1)
+        at = torch.stack([(DEMOS - codes).square().sum(2).flatten().argmin()
+                          for codes in history[:, 0]])
+        i, steps = at // DEMOS.shape[1], at % DEMOS.shape[1]
+        label = TrueInverse().label(DEMOS, i, steps, 1)[:, 0]
+        return torch.where((own == i)[:, None], label, label + 1)
+    loss = Cloning(LAYOUT, GUIDE).loss(actor, TrueInverse(), 200, discriminator)
+    obs, later = seen[0], judged[0]
+    assert (len(obs), len(later)) == (400, 200)
+    others = targets_of(obs[:200])
+    torch.testing.assert_close(others[:, -1], targets_of(later)[:, -1])  # the same one's
+    demonstrated = torch.cdist(later[:, :2], DEMOS.flatten(0, 1)).argmin(1)
+    paired = torch.cdist(obs[:200, :2], DEMOS.flatten(0, 1)).argmin(1)
+    length = DEMOS.shape[1]
+    assert torch.equal(demonstrated // length, paired // length)  # of one episode, but later
+    assert (demonstrated % length > paired % length).all()
+    assert float(loss) == pytest.approx(0.95 * earned / (1 + earned), rel=0.1)
+
+
+@pytest.mark.parametrize('alike', [False, True])
+def test_others_targets_weigh_much_only_if_demonstrations_have_one_goal(alike, monkeypatch):
+    goals = np.random.default_rng(0).uniform(-1, 1, (50, 2)) * (not alike)
+    demos = roll_out(lambda x, rng: np.clip((goals - x) / SPEED, -1, 1), 50, 0).codes
+    guide = Guide(demos)
+    discriminator = Discriminator(LAYOUT, guide, 32, 3e-3, CPU)
+    for _ in range(300):
+        discriminator.fit(draw_play(PLAY, guide, LAYOUT, 64).obs)
+    judged = watch(monkeypatch, discriminator, 'reward')
+    Cloning(LAYOUT, guide).loss(Policy(LAYOUT.size, 8, 2), TrueInverse(), 500, discriminator)
+    others = discriminator.reward(*judged[0][0]).mean()
+    own = discriminator.reward(discriminator._demonstrated(500)).mean()
+    assert others > 0.8 * own if alike else others < 0.5 * own, (others, own)
 
 
 def test_the_discriminator_rewards_demonstrated_moments_and_sees_no_actions():
