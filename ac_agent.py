@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dmc
+import snapshots
 import utils
 import video
 from ct_model import normed_mlp
@@ -375,20 +376,20 @@ def load_imitator(path: str | Path, translator: str | Path, videos: str | Path, 
     Raises: UserError if one of them is missing, or they do not go together.
     """
     retrain = f'python train_ac.py task={task_name}'
-    made = utils.load_snapshot(path, 'imitator', task_name, remedy=retrain)
-    with utils.must_fit(path, retrain):
+    made = snapshots.load_snapshot(path, 'imitator', task_name, remedy=retrain)
+    with snapshots.must_fit(path, retrain):
         made_by, args = made['made_by'], made['agent_args']
         refuse_earlier(path, args, retrain)
         if 'oracle' in made_by:  # see benchmarks/oracles.py
             raise UserError(f'{path} was trained by an oracle, which sees what an imitator never '
                             'has: choose a run of train_ac.py.')
-        agent = utils.rebuild(DrQV2Agent if made_by['recipe'] == 'liu2017' else ACAgent, args,
-                              made['agent'])
+        agent = snapshots.rebuild(DrQV2Agent if made_by['recipe'] == 'liu2017' else ACAgent, args,
+                                  made['agent'])
         scale, repeat, sha256 = (made_by[key] for key in (
             'scale', 'action_repeat', 'translator_sha256'))
     model, _ = load_translator(translator, task_name, made_by['recipe'], torch.device('cpu'),
                                args['precision'])
-    if utils.sha256(translator) != sha256:
+    if snapshots.sha256(translator) != sha256:
         raise UserError(f'{path} was trained with another translator than {translator}: set '
                         'translator to that one.')
     clips = video.Clips(videos, task_name, model.im_size, dmc.CONTEXT_QUALITY)

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import mujoco
 import numpy as np
 
-import utils
+import settings
 from utils import UserError
 
 Kind = Literal['seen', 'held_out']
@@ -83,7 +83,7 @@ class Scenery:
                 if key not in factor:
                     raise UserError(f'scenery.{name}.{key} is missing: set '
                                     f'scenery.{name}.{key}=[low,high].')
-        utils.check_settings({'scenery': config}, 'generate_expert_video')
+        settings.check_settings({'scenery': config}, 'generate_expert_video')
         self.names = [name for name in FACTORS if name in config and config[name].get('enabled')]
         self.ranges = {(name, key): tuple(config[name][key]) for name in self.names
                        for key in FACTORS[name][1]}

@@ -16,7 +16,7 @@ extended.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; utils.main turns both on again
+if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -40,6 +40,8 @@ from omegaconf import OmegaConf
 import dmc  # first: it chooses the OpenGL backend before anything imports mujoco
 
 # isort: split
+import settings
+import snapshots
 import utils
 import video
 from ac_agent import load_imitator
@@ -61,7 +63,7 @@ NUM_PREVIEWS = 3  # episodes of each split
 
 def check_settings(cfg):
     """Refuse settings with which nothing can be filmed (UserError)."""
-    utils.check_settings(cfg, 'generate_expert_video')
+    settings.check_settings(cfg, 'generate_expert_video')
     Scenery(cfg.scenery)
     if cfg.action_repeat and not cfg.from_mp4:
         raise UserError(f'action_repeat={cfg.action_repeat} goes with from_mp4; an expert has its '
@@ -92,13 +94,13 @@ def load_expert(path: str | Path, task_name: str) -> tuple[DrQV2Agent, dict]:
     Raises: UserError for a file that is missing or damaged, of another task or other pictures.
     """
     retrain = f'python train.py task={task_name}'
-    expert = utils.load_snapshot(path, 'expert', task_name, remedy=retrain)
-    with utils.must_fit(path, retrain):
+    expert = snapshots.load_snapshot(path, 'expert', task_name, remedy=retrain)
+    with snapshots.must_fit(path, retrain):
         made_by, env_args = expert['made_by'], expert['made_by']['env_args']
         if env_args['obs'] == 'pixels':
-            utils.require_same_pictures(path, expert['versions'], made_by.get('quality'),
-                                        dmc.QUALITY, retrain)
-        agent = utils.rebuild(DrQV2Agent, expert['agent_args'], expert['agent'])
+            snapshots.require_same_pictures(path, expert['versions'], made_by.get('quality'),
+                                            dmc.QUALITY, retrain)
+        agent = snapshots.rebuild(DrQV2Agent, expert['agent_args'], expert['agent'])
     return agent, env_args
 
 
@@ -247,7 +249,7 @@ class Studio:
     def player(self, kind: Kind):
         """Return the imitator's environment, with demonstrations in such contexts; the imitator;
         and its snapshot's sha256."""
-        return *load_player(self.cfg, kind), utils.sha256(self.cfg.player)
+        return *load_player(self.cfg, kind), snapshots.sha256(self.cfg.player)
 
     def make(self, split: str, i: int):
         """Write episode i."""
@@ -310,14 +312,14 @@ def make_episode(split: str, i: int):
 
 def describe(cfg, split: str, env_args: dict, joints: list[str]) -> dict:
     """Return all that the episodes of a split depend on, but for their number and `player`."""
-    return {'format': utils.FORMAT, 'task': cfg.task_name, 'split': split,
+    return {'format': snapshots.FORMAT, 'task': cfg.task_name, 'split': split,
             'contexts': SPLITS[split].kind, 'actor': SPLITS[split].actor, 'joints': joints,
             'im_size': cfg.im_size, 'episode_len': cfg.episode_len,
             'num_contexts': cfg.num_contexts, 'action_repeat': env_args['action_repeat'],
             'seed': cfg.seed, 'scenery': OmegaConf.to_container(cfg.scenery, resolve=True),
             'quality': dmc.CONTEXT_QUALITY,
-            'expert_sha256': None if cfg.from_mp4 else utils.sha256(cfg.snapshot),
-            'versions': utils.versions()}
+            'expert_sha256': None if cfg.from_mp4 else snapshots.sha256(cfg.snapshot),
+            'versions': snapshots.versions()}
 
 
 def describe_mp4s(episodes: list[list[Path]], fps: float, episode_len: int) -> dict:
@@ -328,7 +330,7 @@ def describe_mp4s(episodes: list[list[Path]], fps: float, episode_len: int) -> d
     digest = hashlib.sha256()
     for path in (path for files in episodes for path in files):
         video.nearest_frames(path, fps, episode_len + 1)
-        digest.update(utils.sha256(path).encode())
+        digest.update(snapshots.sha256(path).encode())
     return {'actor': None, 'num_contexts': len(episodes[0]), 'mp4_sha256': digest.hexdigest()}
 
 
@@ -342,7 +344,7 @@ def check_same_settings(root: Path, meta: dict):
         return
     there = video.read_json(root / 'meta.json')
     there.pop('num_episodes', None)
-    utils.require_same(root, there, meta, remedy)
+    snapshots.require_same(root, there, meta, remedy)
 
 
 def generate(cfg):
@@ -359,7 +361,7 @@ def generate(cfg):
     still = SimpleNamespace(act=lambda *_, **__: np.zeros(env.action_spec().shape))
     film(env, still, [], cfg.episode_len, episode_seed=0, contexts=[])
     env.camera(16)  # and so does an OpenGL that does not work
-    with utils.only_one_at_work(Path(cfg.out_dir), 'out_dir'):
+    with snapshots.only_one_at_work(Path(cfg.out_dir), 'out_dir'):
         orders = []
         for name in SPLITS:
             num_episodes = len(mp4s[name]) if name in mp4s else cfg[f'num_{name}']
@@ -451,7 +453,7 @@ def next_command(cfg) -> str:
     return f'python train_ct.py task={cfg.task_name} {options}{recipe}'
 
 
-@utils.main('generate_expert_video', dmc.task_names(), check_settings)
+@settings.main('generate_expert_video', dmc.task_names(), check_settings)
 def main(cfg):
     generate(cfg)
     for split, (kind, actor) in SPLITS.items():

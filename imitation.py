@@ -9,6 +9,7 @@ import torch
 from dm_env import specs
 
 import dmc
+import snapshots
 import utils
 import video
 from contexts import Scenery
@@ -125,11 +126,12 @@ def load_translator(path: str | Path, task_name: str, recipe: str, device: torch
     Raises: UserError if it is missing, or was made of other pictures or by another recipe.
     """
     retrain = f'python train_ct.py task={task_name}'
-    made = utils.load_snapshot(path, 'translator', task_name, remedy=retrain)
-    with utils.must_fit(path, retrain):
-        utils.require_same_pictures(path, made['made_by']['videos'], made['made_by'].get('quality'),
-                                    dmc.CONTEXT_QUALITY, retrain)
-        model = utils.rebuild(ContextTranslator, made['model_args'], made['model'])
+    made = snapshots.load_snapshot(path, 'translator', task_name, remedy=retrain)
+    with snapshots.must_fit(path, retrain):
+        snapshots.require_same_pictures(path, made['made_by']['videos'],
+                                        made['made_by'].get('quality'), dmc.CONTEXT_QUALITY,
+                                        retrain)
+        model = snapshots.rebuild(ContextTranslator, made['model_args'], made['model'])
     if (model.code is None) != (recipe == 'liu2017'):
         raise UserError(f"{path} has {'no' if model.code is None else 'a'} pose code: set "
                         f"recipe={'liu2017' if model.code is None else 'pose_code'}, choose "

@@ -16,6 +16,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
+import snapshots
 import utils
 
 KINDS = ('train', 'eval')
@@ -293,7 +294,7 @@ class _Csv:
 
     def _rewrite(self, rows: list[dict[str, str]]):
         self._columns = list(dict.fromkeys([*self._columns, *(key for row in rows for key in row)]))
-        with utils.atomic_write(self._path) as tmp, open(tmp, 'w', newline='') as file:
+        with snapshots.atomic_write(self._path) as tmp, open(tmp, 'w', newline='') as file:
             writer = csv.DictWriter(file, self._columns, restval='')
             writer.writeheader()
             writer.writerows(rows)

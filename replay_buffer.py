@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from dm_env import specs
 
+import snapshots
 import utils
 from utils import UserError
 
@@ -63,7 +64,7 @@ class ReplayBuffer:
             if not resume:
                 self._root.mkdir(parents=True, exist_ok=True)
                 self._rows[name] = np.lib.format.open_memmap(path, 'w+', dtype, shape)
-                utils.reserve(path)
+                snapshots.reserve(path)
                 continue
             try:
                 rows = np.lib.format.open_memmap(path, 'r')  # 'r+' would lengthen a short file

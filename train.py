@@ -6,7 +6,7 @@ resume. The imitator (train_ac.py) runs in it as well.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; utils.main turns both on again
+if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -20,6 +20,8 @@ import torch
 from omegaconf import OmegaConf
 
 import dmc
+import settings
+import snapshots
 import utils
 from drqv2 import DrQV2Agent
 from logger import Logger
@@ -33,7 +35,7 @@ LONGEST_EPISODE = dmc.MAX_EPISODE_STEPS + 1  # rows in the ring
 
 def check_settings(cfg):
     """Refuse settings with which there is no run (UserError)."""
-    utils.check_settings(cfg, 'train')
+    settings.check_settings(cfg, 'train')
     check_length(cfg.num_train_frames, cfg.action_repeat)
 
 
@@ -76,7 +78,7 @@ class Workspace:
           agent_args: what `make_agent` takes beside the device; kept in the snapshot, so that the
             agent can be made again from that alone.
           made_by: plain values to keep in the snapshot: where inputs came from.
-          last: the snapshot to go on from, see `utils.load_last`.
+          last: the snapshot to go on from, see `snapshots.load_last`.
           overlap: run the update in a thread beside the environment's step, one core each. It pays
             where both take about as long and spend little time in Python (its global lock).
 
@@ -92,8 +94,8 @@ class Workspace:
         self.global_step, self.global_episode, resume = 0, 0, False
         self.num_train_steps = cfg.num_train_frames // loop.action_repeat
         if last:  # checked before the replay buffer's files are touched
-            with utils.must_fit(self.snapshot_path, 'start a new run'):
-                utils.require_same_run(work_dir, last, {**agent_args, **self.made_by})
+            with snapshots.must_fit(self.snapshot_path, 'start a new run'):
+                snapshots.require_same_run(work_dir, last, {**agent_args, **self.made_by})
                 resume = last['global_step'] < self.num_train_steps
 
         device = utils.pick_device(cfg.device)
@@ -108,8 +110,8 @@ class Workspace:
         between = min(cfg.snapshot_every_frames, cfg.num_train_frames) // loop.action_repeat
         slack = 4 * between + 5 * LONGEST_EPISODE
         capacity = min(loop.replay_buffer_size, self.num_train_steps * 21 // 20 + LONGEST_EPISODE)
-        spare = utils.snapshot_space(  # weights, and Adam's two moments of them
-            self.snapshot_path, 3 * utils.num_bytes(self.agent.state_dict()))
+        spare = snapshots.snapshot_space(  # weights, and Adam's two moments of them
+            self.snapshot_path, 3 * snapshots.num_bytes(self.agent.state_dict()))
         if last and not resume:
             capacity, slack, spare = 1, 1, 0  # a finished run has no use for it
         obs_spec = train_env.observation_spec()
@@ -121,7 +123,7 @@ class Workspace:
         self.stop = utils.Stop()
         self.evaluations = []  # [frame, mean return, standard deviation]
         if last:
-            with utils.must_fit(self.snapshot_path, 'start a new run'):
+            with snapshots.must_fit(self.snapshot_path, 'start a new run'):
                 self.load_state(last)
         self.first_step = self.global_step
         self.timer = utils.Timer(self.elapsed)
@@ -139,7 +141,7 @@ class Workspace:
 
         Raises: utils.Interrupted where it did not come to the end.
         """
-        utils.keep_config(self.cfg)
+        snapshots.keep_config(self.cfg)
         with self.stop:
             try:
                 if self.global_step == 0:
@@ -204,7 +206,7 @@ class Workspace:
         """Return the agent's action, (action_dim,); refuse one that is not finite (UserError)."""
         action = self.agent.act(obs, self.global_step, eval_mode)
         if not np.isfinite(action).all():
-            raise utils.diverged(self.snapshot_path)
+            raise snapshots.diverged(self.snapshot_path)
         return action
 
     def start_episode(self):
@@ -271,7 +273,7 @@ class Workspace:
         self.logger.close()
 
     def save_snapshot(self):
-        utils.save_snapshot(self.snapshot_path, self.kind, self.cfg.task_name, {
+        snapshots.save_snapshot(self.snapshot_path, self.kind, self.cfg.task_name, {
             'agent_args': self.agent_args, 'agent': self.agent.state_dict(),
             'made_by': self.made_by, 'replay_buffer': self.replay_buffer.state_dict(),
             'global_step': self.global_step, 'global_episode': self.global_episode,
@@ -316,12 +318,12 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                      agent_args(cfg, DrQV2Agent, train_env),
                      Loop(**{name: cfg[name] for name in Loop._fields}),
                      {'env_args': env_args(cfg), 'quality': dmc.QUALITY},
-                     utils.load_last(work_dir, 'expert', cfg.task_name))
+                     snapshots.load_last(work_dir, 'expert', cfg.task_name))
 
 
-@utils.main('train', dmc.task_names(), check_settings)
+@settings.main('train', dmc.task_names(), check_settings)
 def main(cfg):
-    with utils.only_one_at_work(utils.work_dir()):
+    with snapshots.only_one_at_work(utils.work_dir()):
         workspace = make_workspace(cfg, utils.work_dir())
         workspace.train()
     print(f'snapshot: {workspace.snapshot_path}\n'

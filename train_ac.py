@@ -6,7 +6,7 @@ how, stands in ac_agent.py; what the agent sees, in imitation.py.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; utils.main turns both on again
+if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -17,6 +17,8 @@ from omegaconf import OmegaConf
 
 import dmc
 import imitation
+import settings
+import snapshots
 import utils
 import video
 from ac_agent import ACAgent, refuse_earlier
@@ -35,7 +37,7 @@ WORKED = {'agreement': (0.021, -1), 'agreement_play': (0.032, -1), 'rank': (0.47
 
 def check_settings(cfg):
     """Refuse settings with which there is no run (UserError)."""
-    utils.check_settings(cfg, 'train_ac')
+    settings.check_settings(cfg, 'train_ac')
     if cfg.recipe == 'pose_code':
         if not cfg.num_play:
             raise UserError('num_play=0 leaves nothing to learn actions from: set num_play=1 or '
@@ -82,9 +84,9 @@ def report(workspace: Workspace, num_videos: int = 5) -> str:
               ('command', f'`python {utils.command()}`')]
     text = f'| {cfg.task_name}, held-out episodes and contexts | |\n|---|---|\n' + ''.join(
         f'| {name} | {value} |\n' for name, value in table) + note
-    with utils.atomic_write(workspace.work_dir / 'report.md') as tmp:
+    with snapshots.atomic_write(workspace.work_dir / 'report.md') as tmp:
         tmp.write_text(text)
-    with utils.atomic_write(workspace.work_dir / 'episodes.csv') as tmp:
+    with snapshots.atomic_write(workspace.work_dir / 'episodes.csv') as tmp:
         np.savetxt(tmp, rows, fmt='%.4f', delimiter=',', header=','.join(columns), comments='')
     return f'\n{text}\nvideo: {path}\ntable: {workspace.work_dir / "report.md"}'
 
@@ -119,9 +121,9 @@ def open_videos(cfg, im_size: int) -> dict[str, video.Clips]:
             raise UserError(f'{clips.root} shows each episode in one context only; one more is '
                             'needed for the agent: python generate_expert_video.py '
                             f'task={cfg.task_name} num_contexts=4 out_dir=<another folder>.')
-        utils.require_same(clips.root, {'action_repeat': clips.meta['action_repeat']},
-                           {'action_repeat': splits['train'].meta['action_repeat']},
-                           'film the splits with one expert')
+        snapshots.require_same(clips.root, {'action_repeat': clips.meta['action_repeat']},
+                               {'action_repeat': splits['train'].meta['action_repeat']},
+                               'film the splits with one expert')
     return splits
 
 
@@ -139,15 +141,15 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     splits = open_videos(cfg, model.im_size)
     action_repeat = splits['train'].meta['action_repeat']
     check_length(cfg.num_train_frames, action_repeat)
-    last = utils.load_last(work_dir, 'imitator', cfg.task_name)
-    with utils.must_fit(work_dir / 'snapshot.pt', 'start a new run'):
+    last = snapshots.load_last(work_dir, 'imitator', cfg.task_name)
+    with snapshots.must_fit(work_dir / 'snapshot.pt', 'start a new run'):
         if last:  # else all that differs would be listed
             refuse_earlier(f'the run in {work_dir}', last['agent_args'], 'start a new run')
         # A resumed run keeps its scale: worked out anew, it could differ in the last digits.
         scale = last and last['made_by'].get('scale')
     demos = Demonstrations(model, splits['train'], scale)
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
-    made_by = {'translator_sha256': utils.sha256(cfg.snapshot), 'recipe': cfg.recipe,
+    made_by = {'translator_sha256': snapshots.sha256(cfg.snapshot), 'recipe': cfg.recipe,
                'expert_sha256': splits['train'].meta['expert_sha256'], 'num_demos': len(demos),
                'num_play': len(splits.get('play', ())), 'scale': demos.scale}
     if splits['train'].imported:
@@ -176,16 +178,16 @@ def pretrain(workspace: Workspace):
     """Train the agent before its first step. A signal ends this at once; the run then begins
     anew."""
     cfg = workspace.cfg
-    utils.keep_config(cfg)  # from here on the folder alone stands for the run
+    snapshots.keep_config(cfg)  # from here on the folder alone stands for the run
     progress = Progress(cfg.num_pretrain_updates, 'update')
     for done in workspace.agent.pretrain(cfg.num_pretrain_updates, cfg.batch_size):
         progress.show(done)
     progress.close()
 
 
-@utils.main('train_ac', dmc.task_names(), check_settings)
+@settings.main('train_ac', dmc.task_names(), check_settings)
 def main(cfg):
-    with utils.only_one_at_work(utils.work_dir()):
+    with snapshots.only_one_at_work(utils.work_dir()):
         workspace = make_workspace(cfg, utils.work_dir())
         if cfg.recipe == 'pose_code' and not workspace.global_step:
             pretrain(workspace)

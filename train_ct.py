@@ -9,7 +9,7 @@ held-out contexts, with its code.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; utils.main turns both on again
+if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 import dmc
+import settings
+import snapshots
 import utils
 import video
 from ct_model import ContextTranslator, Dynamics, moving, normed_mlp, to_uint8
@@ -34,7 +36,7 @@ from utils import UserError
 
 def check_settings(cfg):
     """Refuse settings with which there is no run (UserError)."""
-    utils.check_settings(cfg, 'train_ct')
+    settings.check_settings(cfg, 'train_ct')
     for name, weights, others in (('weights', cfg.weights, 'foreground'),
                                   ('code.weights', cfg.code.weights, 'noise')):
         if not any(weight for loss, weight in weights.items() if loss != others):
@@ -448,10 +450,10 @@ def open_splits(cfg) -> dict[str, video.Clips]:
         here, train = ({key: clips[split].meta.get(key) for key in (
             'num_contexts', 'episode_len', 'action_repeat')} for split in (name, 'train'))
         made_of = 'from_mp4' if clips['train'].imported else 'expert'
-        utils.require_same(clips[name].root, here, train,
-                           'remove it and python generate_expert_video.py '
-                           f'task={cfg.task_name} out_dir={root}, with the options and the '
-                           f'{made_of} of its neighbour train')
+        snapshots.require_same(clips[name].root, here, train,
+                               'remove it and python generate_expert_video.py '
+                               f'task={cfg.task_name} out_dir={root}, with the options and the '
+                               f'{made_of} of its neighbour train')
     if cfg.model.code_dim and clips['train'].meta['num_contexts'] < 2:
         raise UserError(f'{root} shows each episode in one context, and a pose code takes two: '
                         f'python generate_expert_video.py task={cfg.task_name} num_contexts=4 '
@@ -510,9 +512,9 @@ class Run:
         self.made = {'model_args': model_args, 'made_by': made_by}
         self.path, self.best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'
         self.step, self.best, self.scores, elapsed = 0, float('inf'), {}, 0.0
-        if last := utils.load_last(work_dir, 'translator', cfg.task_name):
-            with utils.must_fit(self.path, 'start a new run'):
-                utils.require_same_run(work_dir, last, {**model_args, **made_by})
+        if last := snapshots.load_last(work_dir, 'translator', cfg.task_name):
+            with snapshots.must_fit(self.path, 'start a new run'):
+                snapshots.require_same_run(work_dir, last, {**model_args, **made_by})
                 model.load_state_dict(last['model'])
                 for name, optimizer in self.optimizers.items():
                     optimizer.load_state_dict(last['optimizers'][name])
@@ -522,11 +524,11 @@ class Run:
                 elapsed = last['elapsed']
                 utils.set_rng_states(last['rng'])
         if self.step < self.num_steps:
-            size = utils.num_bytes(model.state_dict())
-            utils.check_disk(work_dir, utils.snapshot_space(self.best_path, size)
-                             + utils.snapshot_space(self.path, 3 * size),  # and Adam's moments
+            size = snapshots.num_bytes(model.state_dict())
+            utils.check_disk(work_dir, snapshots.snapshot_space(self.best_path, size)
+                             + snapshots.snapshot_space(self.path, 3 * size),  # and Adam's moments
                              'what the run saves', 'make room, or set hydra.run.dir elsewhere')
-        utils.keep_config(cfg)
+        snapshots.keep_config(cfg)
         self.timer = utils.Timer(elapsed)
         self.logger = Logger(work_dir, self.num_steps, 'step', self.step, cfg.use_tb,
                              OmegaConf.to_container(cfg, resolve=True))
@@ -556,7 +558,7 @@ class Run:
         """Fit the code to the features of the best translator."""
         cfg, model, begins = self.cfg, self.model, self.step == self.cfg.num_train_steps
         if begins:
-            best = utils.load_snapshot(self.best_path, 'translator', cfg.task_name)['model']
+            best = snapshots.load_snapshot(self.best_path, 'translator', cfg.task_name)['model']
             # Without a code's weights, which it has if the run was killed after the code's last
             # step, before a snapshot.
             model.load_state_dict({name: value for name, value in best.items()
@@ -602,7 +604,7 @@ class Run:
             self.stop.raise_if_asked()
 
     def save(self, path: Path, **to_resume):
-        utils.save_snapshot(path, 'translator', self.cfg.task_name, {
+        snapshots.save_snapshot(path, 'translator', self.cfg.task_name, {
             **self.made, 'model': self.model.state_dict(), 'step': self.step,
             'scores': self.scores, **to_resume})
 
@@ -638,10 +640,10 @@ def measure_code(model: ContextTranslator, splits: dict[str, video.Clips], autoc
     return scores
 
 
-@utils.main('train_ct', dmc.task_names(), check_settings)
+@settings.main('train_ct', dmc.task_names(), check_settings)
 def main(cfg):
     work_dir = utils.work_dir()
-    with utils.only_one_at_work(work_dir):
+    with snapshots.only_one_at_work(work_dir):
         train(cfg, work_dir)
     print(f'snapshot: {work_dir / "best.pt"}\n'
           f'next: python train_ac.py task={cfg.task_name} '

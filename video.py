@@ -29,6 +29,7 @@ import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 
+import snapshots
 import utils
 from utils import UserError
 
@@ -55,7 +56,7 @@ def save(path: str | Path, frames: np.ndarray, fps: float = 20):
         options = {'duration': 1000 / fps, 'loop': 0}
     else:
         raise ValueError(f'a video is written as .mp4 or .gif, not as {path}')
-    with utils.atomic_write(path) as tmp:
+    with snapshots.atomic_write(path) as tmp:
         iio.imwrite(tmp, frames, **options)
 
 
@@ -209,7 +210,7 @@ def write_episode(root: str | Path, i: int, frames: np.ndarray, info: dict):
       info: numbers, strings, lists and dicts, for the json.
     """
     path = frames_path(root, i)
-    with utils.atomic_write(path) as tmp:
+    with snapshots.atomic_write(path) as tmp:
         np.save(tmp, frames, allow_pickle=False)
         checksum = zlib.crc32(tmp.read_bytes())
     write_json(path.with_suffix('.json'), {'index': i, **info, 'frames_crc32': checksum})
@@ -218,7 +219,7 @@ def write_episode(root: str | Path, i: int, frames: np.ndarray, info: dict):
 def write_json(path: Path, values: dict):
     """Write plain values and the checksum of their text."""
     checksum = zlib.crc32(json.dumps(values).encode())
-    with utils.atomic_write(path) as tmp:
+    with snapshots.atomic_write(path) as tmp:
         tmp.write_text(json.dumps({**values, 'crc32': checksum}) + '\n')
 
 
@@ -270,9 +271,9 @@ class Clips:
             raise UserError(f'there are no videos in {self.root}: {command} '
                             f'out_dir={self.root.parent}.')
         self.meta = meta = read_json(self.root / 'meta.json')
-        if meta.get('format') != utils.FORMAT:
+        if meta.get('format') != snapshots.FORMAT:
             raise UserError(f"{self.root} holds videos of format {meta.get('format')}, not "
-                            f'{utils.FORMAT}: remove it and {command}.')
+                            f'{snapshots.FORMAT}: remove it and {command}.')
         if task is not None and meta['task'] != task:
             raise UserError(f"{self.root} holds videos of {meta['task']}, not {task}: {command} "
                             'out_dir=<another folder>.')
@@ -281,8 +282,8 @@ class Clips:
             raise UserError(f"{self.root} holds images of {meta['im_size']} pixels, not {im_size}: "
                             f'{command} im_size={im_size} out_dir=<another folder>.')
         if quality is not None:
-            utils.require_same_pictures(self.root, meta['versions'], meta['quality'], quality,
-                                        f'remove it, and {command}')
+            snapshots.require_same_pictures(self.root, meta['versions'], meta['quality'], quality,
+                                            f'remove it, and {command}')
         if not is_whole(self.root):
             raise UserError(f"{self.root} lacks some of its {meta['num_episodes']} episodes, since "
                             f'filming was interrupted: {command} goes on with it, given the same '

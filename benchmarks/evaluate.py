@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import dmc  # first: it chooses the OpenGL backend
 
 # isort: split
+import snapshots
 import utils
 import video
 from ac_agent import load_imitator
@@ -151,7 +152,8 @@ def judge(path: Path, args: argparse.Namespace) -> str:
     Raises: UserError for a file that does not act, and options that do not go with its kind.
     """
     path = path / 'snapshot.pt' if path.is_dir() else path
-    made = utils.load_snapshot(path, None, remedy='choose a snapshot of train.py or train_ac.py')
+    made = snapshots.load_snapshot(path, None,
+                                   remedy='choose a snapshot of train.py or train_ac.py')
     kind, task = made['kind'], made['task']
     if kind == 'imitator':
         if args.contexts != 'own':
@@ -237,7 +239,7 @@ def official(task: str, frames: int) -> tuple[str, str]:
 def line(path: Path, num_episodes: int, earlier: list[list[str]]) -> list[str]:
     """Play, print what came of it, and return the cells of the table's row; `earlier`: its rows as
     they stand."""
-    made = utils.load_snapshot(path, 'expert', path.stem)
+    made = snapshots.load_snapshot(path, 'expert', path.stem)
     env_args = made['made_by']['env_args']
     expert, rand = evaluate(path, num_episodes)
     frames = made['global_step'] * env_args['action_repeat'] if 'global_step' in made else 0
@@ -245,7 +247,7 @@ def line(path: Path, num_episodes: int, earlier: list[list[str]]) -> list[str]:
     bar = BARS.get(path.stem)
     # older snapshots have no command
     default = f"train.py task={path.stem} obs={env_args['obs']} seed={made['made_by']['seed']}"
-    digest = f'`{utils.sha256(path)[:16]}`'
+    digest = f'`{snapshots.sha256(path)[:16]}`'
     returns = seen_on(expert, *(row[RETURN] for row in earlier if row[-1] == digest))
     is_missed = bar and min(map(int, re.findall(r'\*\*(\d+)\*\*', returns))) < bar
     cells = [path.stem, env_args['obs'], f'{frames:,}' if frames else '',
@@ -281,7 +283,7 @@ def write_table(num_episodes: int):
             'second put together from task, obs and seed. "sha256" is the first 16 digits of the '
             "file's.\n\n"
             f'{table(COLUMNS, lines)}\n')
-    with utils.atomic_write(target) as tmp:
+    with snapshots.atomic_write(target) as tmp:
         tmp.write_text(text)
     for path in shipped():
         video.save(ROOT / f'demo/expert/{path.stem}.gif', preview(path), fps=15)

@@ -41,6 +41,7 @@ from evaluate import table, table_row
 
 import generate_expert_video
 import imitation
+import snapshots
 import utils
 import video
 from ac_agent import load_imitator
@@ -95,7 +96,7 @@ def result(out: Path) -> bytes:
     if (out / 'meta.json').exists() or (out / 'train/meta.json').exists():
         return b''.join(path.read_bytes() for path in sorted(out.rglob('episode_*')))
     name = 'best.pt' if (out / 'best.pt').exists() else 'snapshot.pt'
-    made = utils.load_snapshot(out / name, None)
+    made = snapshots.load_snapshot(out / name, None)
     return pickle.dumps({key: plain(made.get(key)) for key in ('agent', 'model', 'scores')})
 
 
@@ -217,16 +218,16 @@ def renames(path: Path) -> Counter:
         os.replace = dying
         try:
             with contextlib.suppress(SystemExit):
-                utils.save_snapshot(path, made['kind'], made['task'], {
+                snapshots.save_snapshot(path, made['kind'], made['task'], {
                     'made_by': {}, 'model': {'w': torch.ones(3)}, 'is_new': True})
         finally:
             os.replace = replace
         try:
-            loaded = utils.load_snapshot(path, made['kind'])
+            loaded = snapshots.load_snapshot(path, made['kind'])
             counts['survived' if loaded.get('is_new', False) == (at == 2) else 'undetected'] += 1
         except Exception:
             counts['failed'] += 1
-        utils.previous(path).unlink(missing_ok=True)
+        snapshots.previous(path).unlink(missing_ok=True)
         path.write_bytes(before)
     return counts
 
@@ -244,9 +245,9 @@ def judge(process: subprocess.Popen, output: str, code: int, words: str = '') ->
 def progress(folder: Path) -> int:
     """Steps in the run's last snapshot, or episodes filmed."""
     path = folder / 'snapshot.pt'
-    if not utils.newest_snapshot(path):
+    if not snapshots.newest_snapshot(path):
         return len(list(folder.rglob('episode_*.json')))
-    made = utils.load_snapshot(path, None)
+    made = snapshots.load_snapshot(path, None)
     return made.get('global_step', made.get('step'))
 
 
@@ -296,7 +297,7 @@ def disturbed(command: list[str], whole: bytes, seconds: float, folder: Path, rn
 
 def intruded(command: list[str], out: Path) -> Counter:
     """Run in a folder where another process, this one, is at work."""
-    with utils.only_one_at_work(out):
+    with snapshots.only_one_at_work(out):
         process = start(command, out)
         return Counter([judge(process, finish(process), 2, 'another process')])
 

@@ -25,6 +25,7 @@ import dmc
 # isort: split
 import ac_agent
 import imitation
+import snapshots
 import train_ac
 import utils
 from ac_agent import ACAgent, Discriminator
@@ -172,7 +173,7 @@ def make_pose_workspace(cfg, work_dir: Path) -> Workspace:
         functools.partial(ACAgent, demos=demos.features(), play=play),
         agent_args(cfg, ACAgent, train_env) | train_ac.FIXED,
         Loop(repeat, discount=train_ac.FIXED['discount']), {'recipe': cfg.recipe},
-        utils.load_last(work_dir, 'imitator', cfg.task_name))
+        snapshots.load_last(work_dir, 'imitator', cfg.task_name))
 
 
 # What each oracle puts in the place of what: module, name, stand-in.

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import snapshots
 import utils
 
 
@@ -48,7 +49,7 @@ def plot(runs: list[Path], target: Path):
         axes.xaxis.set_major_formatter(EngFormatter(sep=''))
         axes.grid(alpha=0.3)
         axes.legend(loc='lower right', fontsize='x-small')
-    with utils.atomic_write(target) as tmp:
+    with snapshots.atomic_write(target) as tmp:
         fig.savefig(tmp, dpi=100)
     plt.close(fig)
 

@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import snapshots
 import utils
 import video
 from ac_agent import Demonstrations
@@ -23,8 +24,8 @@ from ct_model import ContextTranslator
 def translations(snapshot: Path, clips: video.Clips, num_episodes: int, steps: list[int]
                  ) -> list[np.ndarray]:
     """Return for each episode uint8 (3, len(steps), H, W, 3): source, translation, truth."""
-    made = utils.load_snapshot(snapshot, 'translator', clips.meta['task'])
-    model = utils.rebuild(ContextTranslator, made['model_args'], made['model'])
+    made = snapshots.load_snapshot(snapshot, 'translator', clips.meta['task'])
+    model = snapshots.rebuild(ContextTranslator, made['model_args'], made['model'])
     demos = Demonstrations(model.only_answer(torch.device('cpu'), torch.bfloat16), clips)
     parts = []
     for i in range(num_episodes):
@@ -50,7 +51,7 @@ def main():
         steps = np.linspace(0, clips.meta['episode_len'], 9).round().astype(int).tolist()
         image = picture(translations(ROOT / f'ct/{task}.pt', clips, 3, steps))
         target = ROOT / f'demo/context_translation/{task}.jpg'
-        with utils.atomic_write(target) as tmp:
+        with snapshots.atomic_write(target) as tmp:
             cv2.imwrite(str(tmp), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
         print(target.relative_to(ROOT))
 

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import snapshots
 import utils
 import video
 from logger import SUCCESS, episode_scores
@@ -122,9 +123,9 @@ def read(folder: Path) -> Run:
             raise utils.UserError(f'{path} is missing: choose the folder of a finished run of '
                                   'train_ac.py, or start this one again, with its options and '
                                   f'hydra.run.dir={folder}.')
-    with utils.must_fit(folder, 'choose the folder of a finished run of train_ac.py'):
+    with snapshots.must_fit(folder, 'choose the folder of a finished run of train_ac.py'):
         cfg = OmegaConf.load(config)
-        made = utils.load_snapshot(snapshot, 'imitator', cfg.task_name)
+        made = snapshots.load_snapshot(snapshot, 'imitator', cfg.task_name)
         if video.is_imported(made['made_by']):
             raise utils.UserError(f'{folder} imitated your own videos, and what their expert '
                                   'returned is not known: runs on own videos have no score, leave '
@@ -270,8 +271,9 @@ def translators(tasks: list[Task]) -> str:
     lines = []
     for sha256, runs in users.items():
         path, task = runs[0].cfg.snapshot, runs[0].cfg.task_name
-        there = utils.newest_snapshot(path) and utils.sha256(path) == sha256
-        scores = utils.load_snapshot(path, 'translator', task).get('scores', {}) if there else {}
+        there = snapshots.newest_snapshot(path) and snapshots.sha256(path) == sha256
+        scores = (snapshots.load_snapshot(path, 'translator', task).get('scores', {})
+                  if there else {})
         psnr, copy = (np.mean([run.curve[f'psnr_{what}'][-1] for run in runs])
                       for what in ('translation', 'copy_first'))
         pairs = [('agreement', 'agreement_play', '{:.3f} / {:.3f}'),
@@ -377,7 +379,7 @@ def plot_rows(task: Task, target: Path):
 
 
 def save(fig, target: Path):
-    with utils.atomic_write(target) as tmp:
+    with snapshots.atomic_write(target) as tmp:
         fig.savefig(tmp, dpi=120)
     plt.close(fig)
 
@@ -395,7 +397,7 @@ def write_page(tasks: list[Task], folder: Path) -> Path:
             sections.append(f'![{task.name}: scores by settings]({task.name}.png)')
     sections += ['## Translators', 'Their own scores, on held-out videos; the README says what '
                  'they mean.', translators(tasks), '## What made each run', origins(tasks)]
-    with utils.atomic_write(folder / 'report.md') as tmp:
+    with snapshots.atomic_write(folder / 'report.md') as tmp:
         tmp.write_text(PAGE.format(success=SUCCESS, table=main_table(tasks),
                                    sections='\n\n'.join(sections)))
     return folder / 'report.md'

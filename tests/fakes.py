@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 import contexts
 import dmc
-import utils
+import snapshots
 import video
 from ct_model import ContextTranslator
 from drqv2 import DrQV2Agent
@@ -142,7 +142,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def agent_of(work_dir: Path, kind: str) -> dict:
     """Return the state of the agent in a run's snapshot, an 'expert' or an 'imitator'."""
-    return utils.load_snapshot(work_dir / 'snapshot.pt', kind)['agent']
+    return snapshots.load_snapshot(work_dir / 'snapshot.pt', kind)['agent']
 
 
 def learned_alike(one: Path, other: Path, kind: str) -> bool:
@@ -172,7 +172,7 @@ def differences(one, other) -> list[tuple]:
 
 # ------------------------------------------------------------------------------ artifacts
 
-MADE_BY = {'videos': utils.versions(), 'quality': dmc.CONTEXT_QUALITY}
+MADE_BY = {'videos': snapshots.versions(), 'quality': dmc.CONTEXT_QUALITY}
 GOOD = {name: worked for name, (worked, _) in WORKED.items()}  # scores of a translator
 
 
@@ -180,7 +180,7 @@ def save_expert(path: Path, task: str = 'reacher_easy', num_states: int = 6, **e
     """Save an expert from states as it is before training."""
     torch.manual_seed(0)
     agent_args = {'obs_shape': [num_states], 'action_dim': 2, 'hidden_dim': 16}
-    utils.save_snapshot(path, 'expert', task, {
+    snapshots.save_snapshot(path, 'expert', task, {
         'agent_args': agent_args, 'agent': DrQV2Agent(**agent_args).state_dict(),
         'made_by': {'env_args': {'obs': 'states', 'action_repeat': 2, **env_args}}})
 
@@ -199,7 +199,7 @@ def make_translator(im_size: int = 16, code: bool = True) -> tuple[ContextTransl
 def save_translator(path: Path, task: str = 'reacher_hard', im_size: int = 16, code: bool = True,
                     made_by=MADE_BY, scores=GOOD):
     model, args = make_translator(im_size, code)
-    utils.save_snapshot(path, 'translator', task, {
+    snapshots.save_snapshot(path, 'translator', task, {
         'model_args': args, 'model': model.state_dict(), 'made_by': made_by,
         **({'scores': scores} if code else {})})
 
@@ -211,10 +211,10 @@ def write_split(root: Path, episodes, **meta) -> Path:
         video.write_episode(root, i, frames, known)
     num_contexts, num_frames, im_size = frames.shape[:3]
     video.write_json(root / 'meta.json', {
-        'format': utils.FORMAT, 'task': 'reacher_hard', 'split': root.name, 'seed': 1,
+        'format': snapshots.FORMAT, 'task': 'reacher_hard', 'split': root.name, 'seed': 1,
         'im_size': im_size, 'episode_len': num_frames - 1, 'num_contexts': num_contexts,
         'num_episodes': i + 1, 'expert_sha256': 'none', 'quality': dmc.CONTEXT_QUALITY,
-        'versions': utils.versions(), **meta})
+        'versions': snapshots.versions(), **meta})
     return root
 
 

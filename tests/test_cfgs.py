@@ -18,6 +18,7 @@ import utils
 from ac_agent import ACAgent
 from ct_model import Dynamics
 from drqv2 import DrQV2Agent
+from settings import check_settings, register_tasks
 
 SCRIPTS = {script.__name__: script for script in (
     train, generate_expert_video, train_ct, train_ac)}
@@ -28,7 +29,7 @@ FILES = sorted(path.stem for path in (CFGS / 'task').glob('*.yaml') if path.stem
 
 @pytest.fixture(scope='module', autouse=True)
 def tasks():
-    utils.register_tasks(dmc.task_names())
+    register_tasks(dmc.task_names())
 
 
 def cfg_of(script, *overrides):
@@ -201,9 +202,9 @@ VARIANTS = [('train', 'obs=pixels'), ('train', 'obs=states'), ('generate_expert_
 def test_it_is_said_of_every_key_what_it_may_be(script, variant):
     """Whoever adds one to cfgs/ adds it to allowed.yaml as well."""
     for task in ('walker_walk', 'humanoid_walk'):
-        utils.check_settings(cfg_of(script, f'task={task}', variant), script)
+        check_settings(cfg_of(script, f'task={task}', variant), script)
     with pytest.raises(utils.UserError, match=f'{script}.py has no setting agent.novel: leave'):
-        utils.check_settings({'seed': 1, 'agent': {'novel': 1}}, script)
+        check_settings({'seed': 1, 'agent': {'novel': 1}}, script)
 
 
 def test_of_no_other_key():

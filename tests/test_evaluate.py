@@ -6,6 +6,7 @@ import pytest
 from fakes import FakeEnv, judge_args, save_expert
 
 import dmc
+import snapshots
 import utils
 
 
@@ -28,7 +29,8 @@ def test_the_table_has_a_row_for_each_file():
     rows = [row.strip('| ').split(' | ')[:2]
             for row in (evaluate.ROOT / 'experts/README.md').read_text().splitlines()
             if row.startswith('| ') and not row.startswith('| task')]
-    assert rows == [[path.stem, utils.load_snapshot(path, 'expert')['made_by']['env_args']['obs']]
+    assert rows == [[path.stem,
+                     snapshots.load_snapshot(path, 'expert')['made_by']['env_args']['obs']]
                     for path in evaluate.shipped()]
     assert sum(path.stat().st_size for path in evaluate.shipped()) < 60e6
 
@@ -44,13 +46,13 @@ def test_returns_seen_on_other_processors_stay(monkeypatch):
 @pytest.mark.parametrize('path', evaluate.shipped(), ids=lambda path: path.stem)
 def test_a_shipped_expert_is_one(path):
     assert path.stat().st_size < 8e6
-    utils.load_snapshot(path, 'expert', path.stem)
+    snapshots.load_snapshot(path, 'expert', path.stem)
     expert, rand = evaluate.evaluate(path, num_episodes=2)
     bar = evaluate.BARS[path.stem]
     assert np.mean(expert) > 0.8 * bar > rand.mean()
     table = (evaluate.ROOT / 'experts/README.md').read_text()
     [row] = [row for row in table.splitlines() if row.startswith(f'| {path.stem} |')]
-    assert utils.sha256(path)[:16] in row
+    assert snapshots.sha256(path)[:16] in row
     if evaluate.MISSED not in row:
         assert np.mean(expert) > 0.95 * bar  # which is that of 20 episodes
 
@@ -100,7 +102,7 @@ def test_what_does_not_act_or_does_not_go_together_is_told(expert, tmp_path):
             ('imitator', {'contexts': 'random'}, 'leave --contexts out'),
             ('expert', {'videos': 'x'}, 'leave --translator and --videos out'),
             ('expert', {'translator': 'x'}, 'leave --translator and --videos out')):
-        utils.save_snapshot(tmp_path / 'a.pt', kind, 'reacher_easy', {'made_by': {}})
+        snapshots.save_snapshot(tmp_path / 'a.pt', kind, 'reacher_easy', {'made_by': {}})
         with pytest.raises(utils.UserError, match=words):
             evaluate.judge(tmp_path / 'a.pt', judge_args(**options))
     for path in (tmp_path / 'none.pt', tmp_path):

@@ -29,6 +29,7 @@ import generate_expert_video as script  # first: it imports dmc, which chooses t
 # isort: split
 import contexts
 import dmc
+import snapshots
 import train_ac
 import utils
 import video
@@ -98,8 +99,8 @@ def test_dataset_is_whole(dataset, snapshot):
         assert clips.meta['split'] == split and clips.meta['action_repeat'] == 2
         assert (clips.meta['contexts'], clips.meta['actor']) == (kind, actor)
         assert clips.meta['joints'] == ['hinge', 'hinge']
-        assert clips.meta['expert_sha256'] == utils.sha256(snapshot)
-        assert clips.meta['versions'] == utils.versions()
+        assert clips.meta['expert_sha256'] == snapshots.sha256(snapshot)
+        assert clips.meta['versions'] == snapshots.versions()
         for i in range(len(clips)):
             episode, frames = clips.episode(i), clips.frames(i)
             assert frames.shape == (2, 6, 32, 32, 3)
@@ -171,7 +172,7 @@ def test_an_imitator_goes_on_with_play_from_demonstrated_starts(dataset, snapsho
     before, after = contents(dataset), contents(out_dir)
     assert all(after[name] == data for name, data in before.items() if 'meta' not in name)
 
-    sha256 = utils.sha256(player[0].removeprefix('player='))
+    sha256 = snapshots.sha256(player[0].removeprefix('player='))
     for split, demos, i in (('play', 'train', 2), ('play_valid', 'valid', 1)):
         clips, demos = video.Clips(out_dir / split), video.Clips(out_dir / demos)
         episode, frames = clips.episode(i), clips.frames(i)
@@ -636,13 +637,14 @@ def test_a_file_is_no_out_dir(snapshot):
 
 
 def test_two_generations_do_not_share_a_folder(dataset, snapshot):
-    with utils.only_one_at_work(dataset), pytest.raises(utils.UserError, match='another process'):
+    with (snapshots.only_one_at_work(dataset),
+          pytest.raises(utils.UserError, match='another process')):
         script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=3'))
     assert len(video.episode_numbers(dataset / 'train')) == 2
 
 
 def test_an_expert_of_other_pictures_is_refused(tmp_path):
-    utils.save_snapshot(tmp_path / 'expert.pt', 'expert', 'reacher_hard', {
+    snapshots.save_snapshot(tmp_path / 'expert.pt', 'expert', 'reacher_hard', {
         'made_by': {'env_args': {'obs': 'pixels'}, 'quality': [2048, 28, 16]}, 'agent_args': {}})
     with pytest.raises(utils.UserError, match='2048'):
         script.load_expert(tmp_path / 'expert.pt', 'reacher_hard')

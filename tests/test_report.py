@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import report
 
+import snapshots
 import utils
 
 COLUMNS = 'task_return,expert_return,random_return'
@@ -51,7 +52,7 @@ def write_run(folder, seed=2, task='reacher_hard', sha256='1234567890abcdef', ma
         '30,30,40,0,30,20,180\n')
     (folder / 'episodes.csv').write_text(
         f'{COLUMNS}\n' + '\n'.join(f'{value},40,0' for value in (-360, 40, 40, 40, 40, 380)))
-    utils.save_snapshot(folder / 'snapshot.pt', 'imitator', task, {'made_by': {
+    snapshots.save_snapshot(folder / 'snapshot.pt', 'imitator', task, {'made_by': {
         'seed': seed, 'action_repeat': 2, 'translator_sha256': sha256, **dict(made_by)}})
     return folder
 
@@ -153,9 +154,9 @@ def test_a_band_is_over_seeds_at_the_evaluations_that_all_have(run, tmp_path):
 
 
 def test_the_translators_scores_are_shown_where_it_is_still_the_same(run, tmp_path):
-    utils.save_snapshot(tmp_path / 'ct/mine.pt', 'translator', 'reacher_hard',
-                        {'made_by': {}, 'scores': SCORES})
-    same = write_run(tmp_path / 'b', sha256=utils.sha256(tmp_path / 'ct/mine.pt'),
+    snapshots.save_snapshot(tmp_path / 'ct/mine.pt', 'translator', 'reacher_hard',
+                            {'made_by': {}, 'scores': SCORES})
+    same = write_run(tmp_path / 'b', sha256=snapshots.sha256(tmp_path / 'ct/mine.pt'),
                      snapshot='ct/mine.pt')
     other = write_run(tmp_path / 'c', snapshot='ct/mine.pt')
     lines = report.translators(read(same, run)).splitlines()[2:]
@@ -170,9 +171,9 @@ def test_the_page_has_all_its_parts(run, tmp_path, capsys, monkeypatch):
     others = [write_run(tmp_path / 'b', seed=3), write_run(tmp_path / 'c', num_demos=100),
               write_run(tmp_path / 'd', task='finger_spin')]
     snapshot = others[0] / 'snapshot.pt'
-    made = utils.load_snapshot(snapshot, 'imitator')
+    made = snapshots.load_snapshot(snapshot, 'imitator')
     monkeypatch.setattr(utils, 'command', lambda: 'train_ac.py task=reacher_hard seed=3')
-    utils.save_snapshot(snapshot, 'imitator', 'reacher_hard', {'made_by': made['made_by']})
+    snapshots.save_snapshot(snapshot, 'imitator', 'reacher_hard', {'made_by': made['made_by']})
     monkeypatch.setattr(sys, 'argv', ['', *map(str, (run, *others)), '--out', 'page',
                                       '--picture', 'demo/curves.png'])
     report.main()

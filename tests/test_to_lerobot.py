@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import to_lerobot
 
+import snapshots
 import utils
 import video
 
@@ -17,7 +18,7 @@ ACTIONS = [[0.1, -1], [0.2, -2], [0.3, -3], [0.4, -4]]
 def make_split(root, fps=25, size=SIZE, **info):
     """Two episodes of 4 steps in 2 contexts: grey, 100 i + 20 t + c in frame t of context c."""
     video.write_json(root / 'meta.json', {
-        'format': utils.FORMAT, 'task': 'reacher_hard', 'im_size': size, 'episode_len': 4,
+        'format': snapshots.FORMAT, 'task': 'reacher_hard', 'im_size': size, 'episode_len': 4,
         'num_contexts': 2, 'num_episodes': 2})
     level = (20 * np.arange(5) + np.arange(2)[:, None])[..., None, None, None]
     for i in range(2):

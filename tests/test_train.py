@@ -21,6 +21,7 @@ from fakes import (
 )
 from omegaconf import OmegaConf
 
+import snapshots
 import train
 import utils
 from drqv2 import DrQV2Agent
@@ -42,7 +43,7 @@ def make(work_dir, pixels=False, length=10, events=(), loop=LOOP, **changes):
     work_dir.mkdir(exist_ok=True)
     return Workspace(OmegaConf.merge(CFG, changes), work_dir, 'expert', env,
                      FakeEnv(pixels=pixels), DrQV2Agent, agent_args, loop, {'seed': 1},
-                     utils.load_last(work_dir, 'expert', CFG.task_name))
+                     snapshots.load_last(work_dir, 'expert', CFG.task_name))
 
 
 @pytest.mark.parametrize('pixels, changes', [
@@ -204,7 +205,7 @@ def test_a_disk_too_small_for_the_snapshots_is_told_before_anything_is_written(t
     workspace = make(tmp_path / 'run')
     row = 5 * 4 + 2 * 4 + 2 * 4 + 3 * 8
     ring = (1000 + 4 * 60 + 5 * 1001 + 1) * row
-    snapshot = 3 * utils.num_bytes(workspace.agent.state_dict())
+    snapshot = 3 * snapshots.num_bytes(workspace.agent.state_dict())
     workspace.train()
     saved = (tmp_path / 'run/snapshot.pt').stat().st_size
     assert saved / 1.5 < snapshot < 1.5 * saved
@@ -238,7 +239,7 @@ def test_other_sizes_are_refused_on_resume(tmp_path):
         env = FakeEnv()
         args = dict(obs_shape=[5], action_dim=2, hidden_dim=32, num_expl_steps=20)
         Workspace(CFG, tmp_path, 'expert', env, env, DrQV2Agent, args, LOOP, {},
-                  utils.load_last(tmp_path, 'expert', CFG.task_name))
+                  snapshots.load_last(tmp_path, 'expert', CFG.task_name))
 
 
 @pytest.mark.parametrize('key', ['num_train_frames', 'batch_size', 'nstep', 'num_eval_episodes'])
@@ -271,7 +272,7 @@ def test_a_script_says_how_an_interrupted_run_goes_on(tmp_path):
     assert run.returncode == 143 and 'Traceback' not in error
     assert (f"to resume: python train.py {' '.join(options)} hydra.run.dir={tmp_path}/run"
             in error)
-    assert utils.load_snapshot(tmp_path / 'run/snapshot.pt', 'expert')['global_step'] > 0
+    assert snapshots.load_snapshot(tmp_path / 'run/snapshot.pt', 'expert')['global_step'] > 0
 
 
 def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
@@ -285,7 +286,7 @@ def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     whole, killed = run('whole'), run('killed')
     wait_until(lambda: (tmp_path / 'killed/snapshot.pt').exists() or killed.poll() is not None)
     assert killed.poll() is None
-    with pytest.raises(UserError, match='another process'), utils.only_one_at_work(
+    with pytest.raises(UserError, match='another process'), snapshots.only_one_at_work(
             tmp_path / 'killed'):  # held as long as the run goes on
         pass
     killed.send_signal(signal.SIGKILL)
@@ -297,6 +298,6 @@ def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     assert resumed.returncode == whole.returncode == 0
     assert learned_alike(tmp_path / 'whole', tmp_path / 'killed', 'expert')
     path = tmp_path / 'whole/snapshot.pt'
-    assert utils.load_snapshot(path, 'expert')['command'] == ' '.join(['train.py', *options])
+    assert snapshots.load_snapshot(path, 'expert')['command'] == ' '.join(['train.py', *options])
     assert f'next: python generate_expert_video.py task=reacher_easy snapshot={path}\n' in out
     load_expert(path, 'reacher_easy')

@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 import contexts
 import dmc
 import imitation
+import snapshots
 import train_ac
 import utils
 import video
@@ -357,7 +358,7 @@ def test_the_agent_starts_where_the_filmed_episode_started(cfg, tmp_path):
 
 def test_made_by_says_what_it_was_made_of(cfg, tmp_path):
     made_by = make(cfg, tmp_path / 'run').made_by
-    assert made_by['translator_sha256'] == utils.sha256(cfg.snapshot)
+    assert made_by['translator_sha256'] == snapshots.sha256(cfg.snapshot)
     assert (made_by['recipe'], made_by['num_demos'], made_by['num_play']) == ('pose_code', 2, 2)
     cfg.merge_with({'num_demos': 1, 'num_play': 1})
     made_by = make(cfg, tmp_path / 'other').made_by
@@ -368,7 +369,7 @@ def test_made_by_says_what_it_was_made_of(cfg, tmp_path):
 def test_an_imitator_of_an_earlier_version_is_refused_in_a_sentence(cfg, tmp_path):
     make(cfg, tmp_path).save_snapshot()
     path = tmp_path / 'snapshot.pt'
-    older = utils.load_snapshot(path, 'imitator')
+    older = snapshots.load_snapshot(path, 'imitator')
     older['agent_args'] |= {'lookahead': [1, 2], 'num_frames': 3}
     older['made_by'] |= {'timing': 'clock'}
     torch.save(older, path)
@@ -494,7 +495,7 @@ def test_a_translator_of_the_other_recipe_is_refused(cfg, tmp_path, recipe, othe
 
 def test_a_translator_of_other_pictures_is_refused(cfg, tmp_path):
     for other, words in (({'quality': [2048, 28, 16]}, 'quality=.*2048.*train_ct.py'),
-                         ({'videos': utils.versions() | {'mujoco': '3.0'}},
+                         ({'videos': snapshots.versions() | {'mujoco': '3.0'}},
                           'mujoco=3.0.*train_ct.py')):
         save_translator(cfg.snapshot, made_by=MADE_BY | other)
         refused(cfg, tmp_path, words)
@@ -503,7 +504,8 @@ def test_a_translator_of_other_pictures_is_refused(cfg, tmp_path):
 @pytest.mark.parametrize('split', ['train', 'valid', 'play'])
 @pytest.mark.parametrize('other, words', [
     ({'quality': [2048, 28, 16]}, 'quality=.*2048.*generate_expert_video.py'),
-    ({'versions': utils.versions() | {'mujoco': '3.0'}}, 'mujoco=3.0.*generate_expert_video.py'),
+    ({'versions': snapshots.versions() | {'mujoco': '3.0'}},
+     'mujoco=3.0.*generate_expert_video.py'),
     ({'im_size': 32}, '32 pixels, not 16'), ({'task': 'finger_spin'}, 'finger_spin, not reacher')])
 def test_videos_of_other_pictures_are_refused(data_dir, cfg, tmp_path, split, other, words):
     edit(data_dir / split / 'meta.json', **other)

@@ -20,6 +20,7 @@ from fakes import (
     write_split,
 )
 
+import snapshots
 import train_ct
 import utils
 import video
@@ -187,7 +188,7 @@ def diverge_from(monkeypatch, step):
 
 def load(path):
     """A snapshot, without the time that it took."""
-    snapshot = utils.load_snapshot(path, 'translator', 'fake_walk')
+    snapshot = snapshots.load_snapshot(path, 'translator', 'fake_walk')
     snapshot.pop('elapsed', None)
     return snapshot
 
@@ -326,7 +327,7 @@ def test_what_a_run_with_a_code_leaves(data, whole, tmp_path):
     assert best['made_by']['recipe'] == 'pose_code' and best['made_by']['num_play'] == 4
     assert best['made_by']['code']['num_steps'] == 7
 
-    utils.slim(tmp_path / 'best.pt', tmp_path / 'slim.pt')
+    snapshots.slim(tmp_path / 'best.pt', tmp_path / 'slim.pt')
     slim = load(tmp_path / 'slim.pt')
     assert slim['scores'] == best['scores']
     model = train_ct.ContextTranslator(**slim['model_args'])
@@ -387,7 +388,7 @@ def test_what_a_run_leaves(data, tmp_path):
     assert 'optimizers' not in best
     assert 'code' not in best['model'] and best['model_args']['code_dim'] is None
 
-    utils.slim(tmp_path / 'best.pt', tmp_path / 'slim.pt')
+    snapshots.slim(tmp_path / 'best.pt', tmp_path / 'slim.pt')
     slim = load(tmp_path / 'slim.pt')
     model = train_ct.ContextTranslator(**slim['model_args'])
     model.load_state_dict(slim['model'])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fakes import FakeEnv, watch, write_split
 
+import snapshots
 import utils
 import video
 
@@ -159,7 +160,7 @@ def test_clips_of_the_wrong_kind(tmp_path, wanted, sentence):
     ({'versions': {'mujoco': '1.0'}}, 'mujoco=1.0'),
     ({'quality': [1, 2, 3]}, r'quality=\[1, 2, 3\]'), ({'quality': None}, 'quality=None')])
 def test_videos_that_are_drawn_otherwise_are_refused(tmp_path, changes, words):
-    made = {'versions': utils.versions(), 'quality': [512, 14, 7]}
+    made = {'versions': snapshots.versions(), 'quality': [512, 14, 7]}
     video.Clips(make_dataset(tmp_path / 'same', **made), quality=[512, 14, 7])
     root = make_dataset(tmp_path / 'other', **{**made, **changes})
     video.Clips(root)
@@ -171,8 +172,8 @@ def test_videos_that_are_drawn_otherwise_are_refused(tmp_path, changes, words):
 def test_clips_missing_or_of_another_format(tmp_path):
     with pytest.raises(utils.UserError, match='generate_expert_video.py task=reacher_easy'):
         video.Clips(tmp_path / 'train', task='reacher_easy')
-    make_dataset(tmp_path, format=utils.FORMAT + 1)
-    with pytest.raises(utils.UserError, match=f'format {utils.FORMAT + 1}'):
+    make_dataset(tmp_path, format=snapshots.FORMAT + 1)
+    with pytest.raises(utils.UserError, match=f'format {snapshots.FORMAT + 1}'):
         video.Clips(tmp_path)
 
 
