@@ -33,8 +33,8 @@ from contexts import Scenery
 from generate_expert_video import RandomPlay, draw_episode, film, load_expert
 from imitation import HISTORY, LOOKAHEAD, Demonstrations, Guide, Imitation, Play, Translation
 from logger import Progress
+from probe import pose_vectors
 from train import Loop, Workspace, agent_args, check_length
-from train_ct import pose_vectors
 
 EPISODE_LEN = 50  # agent steps
 

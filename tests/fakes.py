@@ -218,6 +218,44 @@ def write_split(root: Path, episodes, **meta) -> Path:
     return root
 
 
+SIZE, LENGTH = 16, 9  # of what `film` films
+
+
+def film(root, split='train', num_episodes=5, num_contexts=3, seed=0, pose_seed=0):
+    """A square wanders: a way for each episode, colours for each context.
+
+    The upper left pixel tells (episode, context, frame), and an action of play (episode, step).
+    Poses have nothing to do with any of it.
+    """
+    rng, episodes = np.random.default_rng(seed), []
+    for i in range(num_episodes):
+        place = rng.integers(1, SIZE - 5, (2, 2))
+        frames = np.empty((num_contexts, LENGTH + 1, SIZE, SIZE, 3), np.uint8)
+        for c in range(num_contexts):
+            frames[c], square = rng.integers(0, 100, 3), rng.integers(150, 256, 3)
+            for t in range(LENGTH + 1):
+                y, x = (place[0] + (place[1] - place[0]) * t / LENGTH).round().astype(int)
+                frames[c, t, y:y + 4, x:x + 4] = square
+                frames[c, t, 0, 0] = i, c, t
+        qpos = np.random.default_rng([pose_seed, seed, i]).normal(size=(LENGTH + 1, 2))
+        episodes.append((frames, {
+            'qpos': qpos.tolist(), **({'actions': [[i / 10, t / 10] for t in range(LENGTH)]}
+                                      if split.startswith('play') else {'expert_return': 0.0})}))
+    write_split(root / split, episodes, task='fake_walk', joints=['hinge', 'slide'])
+
+
+def film_all(root, **options):
+    for seed, (split, num) in enumerate((('train', 5), ('valid', 3), ('play', 4),
+                                         ('play_valid', 3))):
+        film(root, split, num, seed=seed, **options)
+    return root
+
+
+def labels(frames):
+    """-> episodes, contexts, frame numbers, of the pixel that `film` put there."""
+    return frames[..., 0, 0, :].long().unbind(-1)
+
+
 def edit(path: Path, **values):
     """Change a json of a dataset."""
     video.write_json(path, video.read_json(path) | values)
