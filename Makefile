@@ -44,7 +44,7 @@ lint: .venv
 
 bench: .venv
 	$(PY) benchmarks/bench.py
-	$(PY) benchmarks/evaluate.py
+	$(PY) tools/evaluate.py
 
 faults: .venv
 	$(PY) benchmarks/faults.py

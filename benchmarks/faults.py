@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 
 import dmc  # first: it chooses the OpenGL backend
 

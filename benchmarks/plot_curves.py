@@ -8,12 +8,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from evaluate import published
 from matplotlib.ticker import EngFormatter
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
+
+from evaluate import published
 
 import snapshots
 import utils

@@ -94,7 +94,7 @@ def wait_until(condition, seconds: float = 120):
 
 
 def judge_args(**options) -> argparse.Namespace:
-    """Return what benchmarks/evaluate.py takes from its command line."""
+    """Return what tools/evaluate.py takes from its command line."""
     return argparse.Namespace(**{'episodes': 2, 'seed': 1, 'contexts': 'own', 'translator': None,
                                  'videos': None, 'show': 0, 'out': None, **options})
 

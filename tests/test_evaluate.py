@@ -1,4 +1,4 @@
-"""What is shipped does what is said of it; benchmarks/evaluate.py looks closer."""
+"""What is shipped does what is said of it; tools/evaluate.py looks closer."""
 import evaluate
 import imageio.v3 as iio
 import numpy as np

@@ -144,7 +144,7 @@ def test_without_hydra_it_says_what_to_install(monkeypatch, capsys):
 @pytest.mark.parametrize('images', [False, True])
 def test_lerobot_reads_what_was_written(tmp_path, images):
     lerobot = pytest.importorskip('lerobot.datasets.lerobot_dataset', reason='needs an environment '
-                                  'of its own, see benchmarks/to_lerobot.py')
+                                  'of its own, see tools/to_lerobot.py')
     root, out = make_split(tmp_path / 'play', actions=ACTIONS), tmp_path / 'out'
     to_lerobot.export(video.Clips(root), out, lerobot.LeRobotDataset, 25, images)
     dataset = lerobot.LeRobotDataset('local/out', root=out, video_backend='pyav')

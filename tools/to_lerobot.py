@@ -1,4 +1,4 @@
-"""Export videos to LeRobot: python benchmarks/to_lerobot.py videos/reacher_hard/valid OUT
+"""Export videos to LeRobot: python tools/to_lerobot.py videos/reacher_hard/valid OUT
 
 Writes a split as a dataset of LeRobot's format v3.0, by means of LeRobot itself. It needs an
 environment of its own, since LeRobot 0.4.4 does not take the PyTorch that is pinned here:

@@ -1,4 +1,4 @@
-"""How good experts and imitators are: python benchmarks/evaluate.py [SNAPSHOT ...]
+"""How good experts and imitators are: python tools/evaluate.py [SNAPSHOT ...]
 
 Plays each snapshot of train.py or train_ac.py, or the one in a run's folder, and prints its returns
 beside those of a random policy, an imitator's beside the expert's as well. It films the episodes
@@ -274,7 +274,7 @@ def write_table(num_episodes: int):
     if num_episodes < 20:
         return
     text = ('# Trained experts\n\n'
-            f'Made by `python benchmarks/evaluate.py`: {over}, mean ± standard deviation, of the '
+            f'Made by `python tools/evaluate.py`: {over}, mean ± standard deviation, of the '
             'deterministic policy, on each CPU where it was played, since they round differently. '
             '"bar" is what it should reach; "frames" is how far the run had come, whether or not '
             'it was to go on. DrQ-v2 learns from pixels, with action_repeat=2: its figures are '

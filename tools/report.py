@@ -1,4 +1,4 @@
-"""How well imitators do, over seeds and tasks: python benchmarks/report.py RUN [RUN ...]
+"""How well imitators do, over seeds and tasks: python tools/report.py RUN [RUN ...]
 
 Each RUN is a folder that train_ac.py wrote to the end. Runs that differ in nothing but the seed
 share a row. Prints a table with each row's score, its interval and what it took, and writes a page
@@ -31,7 +31,7 @@ from logger import SUCCESS, episode_scores
 UNSAID = ('task', 'seed', 'use_tb', 'save_video', 'device')  # options that make no other row
 PAGE = """# Imitators
 
-Made by `python benchmarks/report.py`. A score is (imitator - random) / (expert - random): 0 is a
+Made by `python tools/report.py`. A score is (imitator - random) / (expert - random): 0 is a
 random policy's, 1 the expert's. Episodes are held out, in held-out contexts. *IQM* is the
 interquartile mean over all seeds' episodes of the last evaluation. Its 95% interval is a percentile
 bootstrap: with two seeds or more it draws seeds, and from each drawn seed episodes; with one seed
