@@ -310,10 +310,9 @@ class ACAgent:
                            for name in ('inverse', 'discriminator', 'critic')}
 
     def pretrain(self, num_updates: int, batch_size: int) -> Iterator[int]:
-        """Learn from demonstrations and play alone; yield after each update. Most only clone: the
-        value is dear, and takes an actor that is worth judging."""
+        """Learn from demonstrations and play alone, at first cloning; yield after each update."""
         for number in range(num_updates):
-            clones_only = self._w_clone > 0 and number < 0.8 * num_updates
+            clones_only = self._w_clone > 0 and number < 0.8 * num_updates  # values are dear
             self.update(None, batch_size, number, clones_only)
             yield number + 1
 

@@ -128,8 +128,8 @@ def load_translator(path: str | Path, task_name: str, recipe: str, device: torch
     retrain = f'python train_ct.py task={task_name}'
     made = snapshots.load_snapshot(path, 'translator', task_name, remedy=retrain)
     with snapshots.must_fit(path, retrain):
-        snapshots.require_same_pictures(path, made['made_by']['videos'],
-                                        made['made_by'].get('quality'), dmc.CONTEXT_QUALITY,
+        made_by, quality = made['made_by'], dmc.CONTEXT_QUALITY
+        snapshots.require_same_pictures(path, made_by['videos'], made_by.get('quality'), quality,
                                         retrain)
         model = snapshots.rebuild(ContextTranslator, made['model_args'], made['model'])
     if (model.code is None) != (recipe == 'liu2017'):
@@ -192,14 +192,14 @@ class Demonstrations:
     def features(self) -> torch.Tensor:
         """Return all episodes' features, float32 (N, T+1, D), each the mean over its contexts: an
         inverse model of noisy codes labels with actions that are too small."""
-        return torch.stack([self.features_of(self._encode(i)).mean(0).cpu()
-                            for i in range(len(self))])
+        codes = (self.features_of(self._encode(i)) for i in range(len(self)))
+        return torch.stack([each.mean(0).cpu() for each in codes])
 
     @torch.no_grad()
     def translate(self, i: int, sources: list[int], first: np.ndarray, images: bool = False
                   ) -> Translation:
         """Translate demonstration i, the mean over its sources, into the context of the agent's
-        first image, uint8 (H, W, 3); with `images` decode it, which takes most of the time."""
+        first image, uint8 (H, W, 3); decode it only if `images`, since that is slow."""
         z, decoded = self._encode(i)[sources], None                                # (n, T+1, Z)
         shape, code = z.shape[:2], self._model.code
         features = self.features_of(z) if code else None
@@ -255,25 +255,23 @@ class Imitation(dmc.Wrapper):
         random_return = self._random_return(self.start_seed) if self._evaluate else None
         self._env.reset(episode_seed=self.start_seed, context=context)
         self._frame = self._env.render(self._im_size)
-        self._translation = self._demos.translate(
-            i, sources, self._frame, images=self.needs_images or self._evaluate)
-        self._guide = Guide(self._translation.features[None])
-        self._codes = [self._demos.encode(self._frame)]
+        images = self.needs_images or self._evaluate
+        self._translation = shown = self._demos.translate(i, sources, self._frame, images=images)
+        self._guide, self._codes = Guide(shown.features[None]), [self._demos.encode(self._frame)]
         self._actions = torch.zeros(NUM_ACTIONS, *self.action_spec().shape)
         self._step, self._ended, self.episode_info = 0, False, {}
         self._source = clips.frames(i)[sources[0]]
         if self._evaluate:
-            self._compared = {'distance': self._translation.features}
+            self._compared = {'distance': shown.features}
             if (num := len(self._demos)) > 1:
                 other = (i + 1 + int(rng.integers(num - 1))) % num
                 self._compared['distance_other'] = self._demos.translate(
                     other, sources, self._frame).features
             self.episode_info = {'task_return': 0.0, 'random_return': random_return}
             if not clips.imported:
-                self.episode_info |= {
-                    'expert_return': clips.episode(i)['expert_return'],
-                    'psnr_translation': video.psnr(video.mse(self._translation.images, truth)),
-                    'psnr_copy_first': video.psnr(video.mse(truth[:1], truth))}
+                psnr = {name: video.psnr(video.mse(images, truth)) for name, images in (
+                    ('psnr_translation', shown.images), ('psnr_copy_first', truth[:1]))}
+                self.episode_info |= {'expert_return': clips.episode(i)['expert_return']} | psnr
         return dm_env.restart(self._observe())
 
     def _draw_start(self, i: int, rng: np.random.Generator) -> tuple:
