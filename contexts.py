@@ -1,31 +1,29 @@
 """Visual contexts: what a task looks like, apart from what happens in it.
 
-A context is a float64 vector (DIM,) of uniforms in [0, 1), with one layout for every task; the
-`scenery` config says which factors are on and over what range each number is laid.
+A context is a float64 vector (DIM,) of numbers in [0, 1), with one layout for every task. The
+`scenery` config says which factors are on, and to what range each number is scaled.
 
-`look` works out what a context means for a model, and is pure. `Painter` applies it: it changes the
-model's colours and textures only while a frame is drawn, and restores them bit for bit. Light,
-camera offset and distractors are added to the renderer's scene only, so they cannot affect the
-physics, and no knowledge of a task's XML is needed.
+`look` is a pure function: it works out what a context means for a model. `Painter` applies this to
+the renderer's scene and textures. It never changes the physics' model, and needs no knowledge of a
+task's XML.
 """
 import colorsys
-import contextlib
+import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import mujoco
 import numpy as np
 
-import settings
 from utils import UserError
 
 Kind = Literal['seen', 'held_out']
 
 MAX_DISTRACTORS = 4
 DISTRACTOR = ('x', 'y', 'depth', 'shape', 'size', 'length', 'hue', 'saturation', 'value', 'turn')
-# Factor -> its slots, and its ranges in the config. A factor's first slot is its key; the keys
-# determine the kind of a context.
+# Factor -> its slots in a context, and its ranges in the config. The first slot of a factor is its
+# key; the keys determine the kind of a context.
 FACTORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     'body': (('hue', 'saturation', 'value', 'accent hue', 'accent saturation', 'accent value'),
              ('saturation', 'value')),
@@ -43,20 +41,20 @@ _ENDS = np.cumsum([len(slots) for slots, _ in FACTORS.values()]).tolist()
 SLOTS = {name: slice(end - len(FACTORS[name][0]), end)
          for name, end in zip(FACTORS, _ENDS, strict=True)}
 DIM = _ENDS[-1]
-CELLS, MODULUS = 8, 4  # keys are quantised to 8 cells; 1 in 4 sums of cells is held out
+CELLS, MODULUS = 8, 4  # keys fall into 8 cells; a quarter of the sums of cells is held out
 
 SUITE_HUES = {'body': 0.08, 'target': 0.0, 'floor': 0.58, 'sky': 0.58}  # of factors that are off
 BODY, ACCENT, TARGET, FLOOR = range(4)  # colour groups of a model's parts
 GROUP_FACTORS = ('body', 'body', 'target', 'floor')
-SKY_SIZE, FLOOR_SIZE = 16, 64  # pixels along a texture: few, since textures are uploaded often
+SKY_SIZE, FLOOR_SIZE = 16, 64  # pixels along a texture: few, because uploads take time
 PATTERNS = (np.logical_xor, np.logical_and, lambda x, y: x, lambda x, y: y)  # checks to stripes
-GEOM = mujoco.mjtGeom
+GEOM, OBJECT = mujoco.mjtGeom, mujoco.mjtObj
 GROUND = int(GEOM.mjGEOM_PLANE), int(GEOM.mjGEOM_HFIELD)
 SHAPES = GEOM.mjGEOM_BOX, GEOM.mjGEOM_SPHERE, GEOM.mjGEOM_CYLINDER, GEOM.mjGEOM_CAPSULE
 
 
 class Scenery:
-    """The `scenery` config, laid out as in cfgs/generate_expert_video.yaml.
+    """What the `scenery` config says, see cfgs/generate_expert_video.yaml.
 
     Attributes:
       names: the factors that are on, in the order of FACTORS.
@@ -64,39 +62,23 @@ class Scenery:
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        """Check the config, which may come from a dataset's meta.json.
+        """Read the config, of checked settings or of a dataset's meta.json.
 
-        Raises: UserError for a factor or key that is unknown, a range that is missing or that
-          cfgs/allowed.yaml does not allow, and where all factors are off.
+        Raises: UserError if all factors are off.
         """
-        for name, factor in config.items():
-            if name not in FACTORS:
-                raise UserError(f'scenery.{name} is unknown: take one of {", ".join(FACTORS)}.')
-            if not isinstance(factor, Mapping):
-                raise UserError(f'scenery.{name}={factor} is no factor with ranges: the switch is '
-                                f'scenery.{name}.enabled=false.')
-            ranges = FACTORS[name][1]
-            for key in factor.keys() - {'enabled', *ranges}:
-                raise UserError(f'scenery.{name}.{key} is unknown: take one of enabled, '
-                                f'{", ".join(ranges)}.')
-            for key in ranges if factor.get('enabled') else ():
-                if key not in factor:
-                    raise UserError(f'scenery.{name}.{key} is missing: set '
-                                    f'scenery.{name}.{key}=[low,high].')
-        settings.check_settings({'scenery': config}, 'generate_expert_video')
-        self.names = [name for name in FACTORS if name in config and config[name].get('enabled')]
+        self.names = [name for name in FACTORS if config[name]['enabled']]
         self.ranges = {(name, key): tuple(config[name][key]) for name in self.names
                        for key in FACTORS[name][1]}
         if not self.names:
             raise UserError('every factor of scenery is off: set scenery.body.enabled=true.')
 
     def sample(self, rng: np.random.Generator, kind: Kind) -> np.ndarray:
-        """Return a context (DIM,), uniform among those of a kind. Takes the same number of random
-        draws, whichever factors are on.
+        """Draw a context (DIM,) uniformly from all contexts of a kind.
 
-        The key of every enabled factor is quantised to 8 cells; a context is held out where the sum
-        of its cells is a multiple of 4. So no context is of both kinds, a quarter is held out, and
-        what is new in a held-out context is its combination of looks.
+        The key of each factor that is on falls into one of 8 cells. A context is held out if the
+        sum of these cells is a multiple of 4. So no context is of both kinds, a quarter is held
+        out, and the combination of looks is new in a held-out context. The number of random draws
+        does not depend on the factors.
         """
         context = rng.random(DIM)
         seen_remainder, half = rng.integers(1, MODULUS), rng.integers(CELLS // MODULUS)
@@ -108,7 +90,7 @@ class Scenery:
         return context
 
     def lay(self, factor: str, key: str, uniform):
-        """Scale numbers in [0, 1) (a float or an array) to the range of a factor's key."""
+        """Scale a number or an array in [0, 1) to the range of a factor's key."""
         low, high = self.ranges[factor, key]
         return low + uniform * (high - low)
 
@@ -128,8 +110,8 @@ class Distractor(NamedTuple):
 
 
 class Look(NamedTuple):
-    """The meaning of a context for a model; empty or None where the factor is off."""
-    paint: list[np.ndarray]  # for each of Stage.parts: (rows, 3)
+    """The meaning of a context for a model. A part is empty or None if its factor is off."""
+    colours: np.ndarray  # (4, 3): RGB of each colour group, in [0, 1]
     textures: dict[int, np.ndarray]  # texture id -> uint8 (height, width, 3)
     light: tuple[np.ndarray, np.ndarray] | None  # factor of the colour (3,), rotation (3, 3)
     camera: tuple[np.ndarray, float] | None  # rotation (3, 3), factor of the distance
@@ -137,18 +119,17 @@ class Look(NamedTuple):
 
 
 class Stage:
-    """The measures of a model that `look` needs: its parts to paint, and its camera.
+    """The properties of a model that contexts depend on: its parts, textures and camera.
 
     Attributes:
-      parts: for geoms, sites and skins: the model's own array of colours (n, 4), the rows to paint,
-        and the colour group of each row.
-      textures: 'floor' and 'sky' -> texture ids, see `room_for`; empty where the factor is off.
+      parts: (object type, id) -> colour group, of the geoms, sites and skins to paint.
+      textures: 'floor' and 'sky' -> texture ids, see `room_for`; empty if the factor is off.
       eye, axes: the camera's position (3,) and axes (3, 3), columns right, up, back, in the model's
         initial pose, so that a picture depends on state and context alone.
       half_view: tangent of half the field of view.
-      depth: distance from the camera to what moves, metres.
+      depth: distance from the camera to the body, metres.
       floor: height of the floor, metres; -inf without one.
-      tiles: how often the pattern repeats within one texture: 1, 2, 4 or 8.
+      tiles: how often the pattern repeats within one floor texture: 1, 2, 4 or 8.
     """
 
     def __init__(self, model: mujoco.MjModel, factors: Sequence[str], camera_id: int):
@@ -156,23 +137,21 @@ class Stage:
         self._measure_view(model, camera_id)
 
     def _sort_parts(self, model: mujoco.MjModel, factors: Sequence[str]):
-        floors, self.parts = set(), []
-        for kind, colours in (('geom', model.geom_rgba), ('site', model.site_rgba),
-                              ('skin', model.skin_rgba)):
-            groups = np.full(len(colours), -1)
-            for i in range(len(colours)):
+        floors, self.parts = set(), {}
+        for kind, object_type, number in (('geom', OBJECT.mjOBJ_GEOM, model.ngeom),
+                                          ('site', OBJECT.mjOBJ_SITE, model.nsite),
+                                          ('skin', OBJECT.mjOBJ_SKIN, model.nskin)):
+            for i in range(number):
                 part = getattr(model, kind)(i)
                 material = int(part.matid[0])
                 name = model.mat(material).name if material >= 0 else ''
                 texture = int(model.mat_texid[material].max()) if material >= 0 else -1
                 ground = kind == 'geom' and part.type[0] in GROUND
+                group = colour_group(kind, part.name, name, ground)
                 if ground and texture >= 0:
-                    floors.add(texture)  # rgba could only dim it
-                elif material < 0 or model.mat_rgba[material, 3] == 1:  # else rgba would replace it
-                    groups[i] = colour_group(kind, part.name, name, ground)
-            on = [group for group, factor in enumerate(GROUP_FACTORS) if factor in factors]
-            rows = np.flatnonzero(np.isin(groups, on))
-            self.parts.append((colours, rows, groups[rows]))
+                    floors.add(texture)  # a colour could only dim it
+                elif group >= 0 and GROUP_FACTORS[group] in factors:
+                    self.parts[int(object_type), i] = group
         skies = np.flatnonzero(model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX).tolist()
         self.textures = {
             'floor': room_for(model, floors, FLOOR_SIZE ** 2) if 'floor' in factors else [],
@@ -191,21 +170,21 @@ class Stage:
         self.floor = min((data.geom_xpos[i, 2] for i in range(model.ngeom)
                            if model.geom_type[i] in GROUND and data.geom_xmat[i, 8] > 0.9),
                           default=-np.inf)
-        # The suite's floors repeat their texture every metre: a small task's camera sees less.
+        # The suite's floors repeat their texture every metre, but a small task's camera sees less.
         width = 2 * self.half_view * self.depth
         self.tiles = 2 ** int(np.clip(np.round(np.log2(2.5 / width)), 0, 3))
 
     def cast(self, spot: np.ndarray) -> tuple[np.ndarray, float]:
-        """Cast a ray from the camera through a point (2,) of the picture, whose edges are at -1, 1.
+        """Cast a ray from the camera through a point (2,) of the picture, in [-1, 1].
 
-        Returns: the ray (3,) per unit of depth, and the depth at which it meets the floor, or inf.
+        Returns: the ray (3,) per metre of depth, and the depth at which it meets the floor, or inf.
         """
         ray = self.axes @ [*(self.half_view * spot), -1]
         return ray, (self.floor - self.eye[2]) / ray[2] if ray[2] < 0 else np.inf
 
 
 def room_for(model: mujoco.MjModel, textures: Iterable[int], num_pixels: int) -> list[int]:
-    """Return the ids of those RGB textures that hold so many pixels; others keep their looks."""
+    """Return the ids of the RGB textures that hold `num_pixels`; the others keep their looks."""
     return [i for i in sorted(textures) if model.tex_nchannel[i] == 3
             and model.tex_height[i] * model.tex_width[i] >= num_pixels]
 
@@ -248,22 +227,21 @@ def look(context: np.ndarray, scenery: Scenery, stage: Stage) -> Look:
                   @ rotation([0, 0, 1], roll), zoom)
     if 'distractors' in slots:
         distractors = place_distractors(slots['distractors'], hues, scenery, stage)
-    return Look([colours[groups] for _, _, groups in stage.parts], textures, light, camera,
-                distractors)
+    return Look(colours, textures, light, camera, distractors)
 
 
 def place_distractors(slots: np.ndarray, hues: Mapping[str, float], scenery: Scenery,
                       stage: Stage) -> list[Distractor]:
-    """Place distractors near the corners of the picture, away from where the body moves.
+    """Place distractors near the corners of the picture, away from the body.
 
-    They float behind the body, or stand on the floor where the ray meets the floor first.
+    Each floats behind the body, or stands on the floor if the floor is nearer.
     """
     low, high = scenery.ranges['distractors', 'count']
     hue, count, first, *others = slots
     count, first = int(low + count * (high - low + 1)), int(4 * first)
     taken = [hues[name] for name in ('body', 'accent', 'target') if name in hues]
-    # Seen from above, the whole floor is about as far as the body; seen from the side, the
-    # floor must be well behind for a shape on it not to hide the body.
+    # Seen from above, the floor is about as far as the body. Seen from the side, the floor must be
+    # well behind the body, or a shape on it would hide the body.
     nearest = stage.depth * (0.9 + 0.3 * np.hypot(*stage.axes[:2, 2]))
     distractors = []
     for i, own in enumerate(np.reshape(others, (MAX_DISTRACTORS, len(DISTRACTOR)))[:count]):
@@ -291,7 +269,7 @@ def place_distractors(slots: np.ndarray, hues: Mapping[str, float], scenery: Sce
 
 
 def colour_group(kind: str, name: str, material: str, ground: bool) -> int:
-    """Return the group of a geom, site or skin; -1 for marks, which are left alone."""
+    """Return the colour group of a geom, site or skin; -1 for a mark, which keeps its colour."""
     if 'target' in (material if kind == 'site' else material + name):
         return TARGET
     if kind == 'site':
@@ -302,7 +280,7 @@ def colour_group(kind: str, name: str, material: str, ground: bool) -> int:
 
 
 def spread_hues(slots: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return a hue for every colour group, such that groups which touch can be told apart."""
+    """Return a hue for each colour group and the sky: neighbours in the picture differ."""
     hues = {name: hue for name, hue in SUITE_HUES.items() if name not in slots}
     for name, gap, others in (('body', 0.15, ('target', 'floor', 'sky')),
                               ('target', 0.2, ('body', 'floor')),
@@ -317,9 +295,9 @@ def spread_hues(slots: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def hue_apart(uniform: float, taken: Iterable[float], gap: float) -> float:
-    """Map `uniform` in [0, 1) to a hue at least `gap` away from every hue in `taken`.
+    """Map `uniform` in [0, 1) to a hue at least `gap` away from the n hues in `taken`.
 
-    Hues are in [0, 1) and wrap around. With n hues taken, this needs gap < 1 / (2 * n).
+    Hues are in [0, 1) and wrap around. `gap` must be below 1 / (2 * n).
     """
     taken = sorted(taken)
     if not taken:
@@ -342,77 +320,53 @@ def rotation(axis: list[float], degrees: float) -> np.ndarray:
 
 
 class Painter:
-    """Shows one model in any context; the look of each is worked out once and cached.
+    """Shows one model in any context. The looks of the last 256 contexts are cached.
 
-    To draw a frame (`gpu` is the MjrContext; context None is the suite's own look):
-        painter.upload(context, gpu)  # only where gpu still holds another context's textures
-        painter.arrange(context, scene, update)
+    To draw a frame in a context (None: the suite's own look) with an MjrContext, `gpu`:
+        painter.upload(context, gpu)  # only if gpu still holds another context's textures
+        mujoco.mjv_updateScene(..., scene)
+        painter.dress(context, scene)
         mujoco.mjr_render(...)
     """
 
     def __init__(self, model: mujoco.MjModel, scenery: Scenery, camera_id: int):
         self._model, self._stage = model, Stage(model, scenery.names, camera_id)
+        self._canvas = copy.copy(model)  # a model of its own, for the textures to upload
         self._cached_look = functools.lru_cache(maxsize=256)(
             lambda values: look(np.frombuffer(values), scenery, self._stage))
 
     def _look(self, context: np.ndarray) -> Look:
         context = np.asarray(context, np.float64)
         if context.shape != (DIM,):
-            raise UserError(f'a context has {DIM} numbers, this one {context.size}: it is of '
-                            'another version, so film anew with generate_expert_video.py.')
+            raise UserError(f'a context has {DIM} numbers, not {context.size}: film again with '
+                            'python generate_expert_video.py.')
         return self._cached_look(context.tobytes())
 
-    def arrange(self, context: np.ndarray | None, scene: mujoco.MjvScene,
-                update: Callable[[], None]):
-        """Update a scene in a context: paint the model while `update` runs, then add distractors,
-        light and camera.
-
-        Args:
-          update: calls mujoco.mjv_updateScene for the scene.
-        """
-        with self.painted(context):
-            update()
-        self._dress(context, scene)
-
-    @contextlib.contextmanager
-    def painted(self, context: np.ndarray | None) -> Iterator[None]:
-        """Paint the model in the context's colours in this block; its own bits return after it."""
-        paint = [] if context is None else self._look(context).paint
-        saved = [(rgba, rgba.copy()) for rgba, _, _ in self._stage.parts]
-        try:
-            for (rgba, rows, _), colours in zip(self._stage.parts, paint, strict=False):
-                rgba[rows, :3] = colours  # alpha stays: tasks hide parts by it
-            yield
-        finally:
-            for rgba, before in saved:
-                rgba[:] = before
-
     def upload(self, context: np.ndarray | None, gpu: mujoco.MjrContext):
-        """Give `gpu` the context's textures; afterwards the model holds its own again."""
-        model = self._model
+        """Give `gpu` the context's textures."""
+        canvas = self._canvas
         for index in self._stage.textures['floor'] + self._stage.textures['sky']:
             if context is None:
-                mujoco.mjr_uploadTexture(model, gpu, index)
+                mujoco.mjr_uploadTexture(self._model, gpu, index)
                 continue
-            image, start = self._look(context).textures[index], model.tex_adr[index]
-            pixels = model.tex_data[start:start + image.size]
-            saved = pixels.copy(), model.tex_height[index], model.tex_width[index]
-            try:
-                pixels[:] = image.ravel()
-                model.tex_height[index], model.tex_width[index] = image.shape[:2]
-                mujoco.mjr_uploadTexture(model, gpu, index)
-            finally:
-                pixels[:], model.tex_height[index], model.tex_width[index] = saved
+            image, start = self._look(context).textures[index], canvas.tex_adr[index]
+            canvas.tex_data[start:start + image.size] = image.ravel()
+            canvas.tex_height[index], canvas.tex_width[index] = image.shape[:2]
+            mujoco.mjr_uploadTexture(canvas, gpu, index)
 
-    def _dress(self, context: np.ndarray | None, scene: mujoco.MjvScene):
-        """Put the context's distractors, light and camera into a scene that has been updated."""
+    def dress(self, context: np.ndarray | None, scene: mujoco.MjvScene):
+        """Apply a context's colours, distractors, light and camera to an updated scene."""
         if context is None:
             return
         look, cameras = self._look(context), scene.camera
-        eye = (cameras[0].pos + cameras[1].pos) / 2  # the two are a stereo pair
+        for geom in scene.geoms[:scene.ngeom]:
+            group = self._stage.parts.get((geom.objtype, geom.objid))
+            if group is not None:
+                geom.rgba[:3] = look.colours[group]  # alpha stays: tasks hide parts by it
+        eye = (cameras[0].pos + cameras[1].pos) / 2  # of the two, which are a stereo pair
         forward, up = cameras[0].forward.copy(), cameras[0].up.copy()
-        # Shapes stand still while the camera travels sideways, and come by again every period;
-        # however far it travels ahead, they keep their distance behind the body.
+        # If the camera travels sideways, distractors stand still, and come by again every period.
+        # If it travels ahead, they travel with it and stay behind the body.
         travel, aside = eye - self._stage.eye, self._stage.axes[:, 0]
         ahead = (travel - travel @ aside * aside) * [1, 1, 0]
         for shape in look.distractors:
@@ -420,7 +374,7 @@ class Painter:
             position = shape.position + ahead - round(offset / shape.period) * shape.period * aside
             geom = scene.geoms[scene.ngeom]
             mujoco.mjv_initGeom(geom, shape.shape, shape.size, position, shape.frame, shape.rgba)
-            geom.category = mujoco.mjtCatBit.mjCAT_STATIC  # geoms of category decor cast no shadow
+            geom.category = mujoco.mjtCatBit.mjCAT_STATIC  # decoration would cast no shadow
             scene.ngeom += 1
         if look.light is not None:
             colour, turn = look.light

@@ -156,19 +156,15 @@ class Camera:
         if not np.array_equal(context, self._uploaded):
             self._painter.upload(context, self._gpu)
             self._uploaded = context.copy() if context is not None else None
+        mujoco.mjv_updateScene(self._model, self._physics.data.ptr, self._option, self._perturb,
+                               self._view, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
         if self._painter:
-            self._painter.arrange(context, self._scene, self._update_scene)
-        else:
-            self._update_scene()
+            self._painter.dress(context, self._scene)
         # Contexts of the GPU share one buffer binding: another camera may have been here.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
         mujoco.mjr_render(self._rect, self._scene, self._gpu)
         mujoco.mjr_readPixels(self._pixels, None, self._rect, self._gpu)
         return self._pixels[::-1].copy()  # OpenGL's first row is the lowest
-
-    def _update_scene(self):
-        mujoco.mjv_updateScene(self._model, self._physics.data.ptr, self._option, self._perturb,
-                               self._view, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
 
 
 class Wrapper(dm_env.Environment):
