@@ -10,7 +10,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from dm_control import suite
 from dm_env import StepType, TimeStep, test_utils
-from fakes import ROOT, SCENERY, run, run_in_turn, save_expert, watch
+from fakes import ROOT, SCENERY, run, run_in_turn, save_expert
 
 import contexts
 import dmc
@@ -53,12 +53,6 @@ class Scripted(dm_env.Environment):
 
     def action_spec(self):
         pass
-
-
-def test_a_wrapper_hands_on_what_dm_env_has_a_default_for(monkeypatch):
-    closed = watch(monkeypatch, Scripted, 'close')
-    dmc.ActionRepeat(Scripted(), 2).close()
-    assert len(closed) == 1
 
 
 def test_action_repeat_adds_rewards_and_keeps_a_terminal_zero():
@@ -196,17 +190,6 @@ def test_gl_backends_are_probed(monkeypatch):
     assert tried == ['egl', 'egl', 'osmesa', 'egl', 'osmesa']
 
 
-def test_pose_is_that_of_the_physics_and_a_copy():
-    env = dmc.make('reacher_hard', im_size=16)
-    env.reset(episode_seed=1)
-    pose = env.qpos()
-    assert pose.dtype == np.float64 and pose.tolist() == env.physics.data.qpos.tolist()
-    before = pose.copy()
-    env.step(np.ones(2, np.float32))
-    np.testing.assert_array_equal(pose, before)
-    assert (env.qpos() != before).any()
-
-
 @pytest.mark.parametrize('task, joints', [
     ('reacher_hard', ['hinge', 'hinge']),
     ('cartpole_swingup', ['slide', 'hinge']),
@@ -251,8 +234,8 @@ def test_each_script_takes_a_task_of_ones_own(own):
 
 @pytest.mark.parametrize('name, text, words', [
     ('dot.py', 'tasks = {}', 'dot.py has no SUITE: add SUITE ='),
-    ('dot.py', 'x = 1\n\nimport nowhere', "dot.py, line 3: ModuleNotFoundError: No .*: correct it"),
-    ('dot.py', 'def f():\n', 'dot.py, line 1: IndentationError: expected'),
+    ('dot.py', 'import nowhere', 'cannot be imported .ModuleNotFoundError: No .*: correct it'),
+    ('dot.py', 'def f():\n', 'cannot be imported .IndentationError: expected.*line 1'),
     ('reacher.py', 'SUITE = {}', 'reacher.py has the name of a domain of the suite: rename it')])
 def test_what_is_no_domain_is_refused(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
@@ -276,7 +259,7 @@ def test_a_model_without_a_camera_is_told(own, monkeypatch):
     path.write_text(path.read_text().replace('<camera name="above" pos="0 0 1.2"/>', ''))
     monkeypatch.setattr(dmc, 'DOMAINS', dmc.load_domains(own / 'domains'))
     monkeypatch.setattr(dmc, 'ALL_TASKS', [('dot', 'push')])
-    with pytest.raises(UserError, match='domains/dot.py has no camera'):
+    with pytest.raises(UserError, match='push in domains/dot.py has no camera'):
         dmc.make('dot_push', obs='states')
 
 
