@@ -506,7 +506,7 @@ def test_a_translator_of_other_pictures_is_refused(cfg, tmp_path):
     ({'quality': [2048, 28, 16]}, 'quality=.*2048.*generate_expert_video.py'),
     ({'versions': snapshots.versions() | {'mujoco': '3.0'}},
      'mujoco=3.0.*generate_expert_video.py'),
-    ({'im_size': 32}, '32 pixels, not 16'), ({'task': 'finger_spin'}, 'finger_spin, not reacher')])
+    ({'im_size': 32}, 'im_size=32, not 16'), ({'task': 'finger_spin'}, 'finger_spin, not reacher')])
 def test_videos_of_other_pictures_are_refused(data_dir, cfg, tmp_path, split, other, words):
     edit(data_dir / split / 'meta.json', **other)
     refused(cfg, tmp_path, words)

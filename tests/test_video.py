@@ -1,5 +1,4 @@
 import json
-import re
 import zlib
 from pathlib import Path
 
@@ -71,11 +70,6 @@ def test_side_by_side_fills_lower_panels_and_shrinks_captions():
     assert film[:video.CAPTION, :256].any() and not film[:video.CAPTION, 256:].any()
 
 
-def test_side_by_side_needs_a_label_for_each_clip():
-    with pytest.raises(ValueError):
-        video.side_by_side([np.zeros((1, 4, 4, 3), np.uint8)], ['one', 'two'])
-
-
 def test_a_note_ends_the_last_caption():
     frames = [{'one': np.zeros((64, 64, 3), np.uint8), 'two': np.zeros((64, 64, 3), np.uint8)}] * 2
     film = video.panels_side_by_side(frames, ': 62 of 66')
@@ -137,20 +131,18 @@ def test_half_written_episodes_are_not_there(tmp_path):
     make_dataset(tmp_path, num_episodes=2)
     (tmp_path / 'episode_00001.json').unlink()  # killed between the frames and the json
     (tmp_path / '.tmp-episode_00003.npy').write_bytes(b'cut')
-    assert video.is_whole(tmp_path)
     clips = video.Clips(tmp_path)
     assert [clips.episode(i)['index'] for i in range(len(clips))] == [0, 2]
     assert (clips.frames(1) == 2).all()
     make_dataset(tmp_path / 'cut', num_episodes=4)
-    assert not video.is_whole(tmp_path / 'cut') and not video.is_whole(tmp_path / 'none')
     with pytest.raises(utils.UserError, match='lacks some of its 4 episodes'):
         video.Clips(tmp_path / 'cut')
 
 
 @pytest.mark.parametrize('wanted, sentence', [
     ({'task': 'finger_spin'},
-     'holds videos of reacher_hard, not finger_spin: .* task=finger_spin out_dir=<another folder>'),
-    ({'im_size': 64}, 'images of 8 pixels, not 64: .* im_size=64 out_dir=<another folder>')])
+     'task=reacher_hard, not finger_spin: .* task=finger_spin out_dir=<another folder>'),
+    ({'im_size': 64}, 'im_size=8, not 64: .* im_size=64 out_dir=<another folder>')])
 def test_clips_of_the_wrong_kind(tmp_path, wanted, sentence):
     with pytest.raises(utils.UserError, match=sentence):
         video.Clips(make_dataset(tmp_path), **wanted)
@@ -173,7 +165,7 @@ def test_clips_missing_or_of_another_format(tmp_path):
     with pytest.raises(utils.UserError, match='generate_expert_video.py task=reacher_easy'):
         video.Clips(tmp_path / 'train', task='reacher_easy')
     make_dataset(tmp_path, format=snapshots.FORMAT + 1)
-    with pytest.raises(utils.UserError, match=f'format {snapshots.FORMAT + 1}'):
+    with pytest.raises(utils.UserError, match=f'format={snapshots.FORMAT + 1}, not'):
         video.Clips(tmp_path)
 
 
@@ -243,7 +235,7 @@ def test_what_has_no_checksum_is_refused(tmp_path, name, key):
         video.write_json(root / name, values)
     else:
         (root / name).write_text(json.dumps(values))
-    with pytest.raises(utils.UserError, match='of an earlier version'):
+    with pytest.raises(utils.UserError, match='is damaged or missing'):
         video.Clips(root).frames(1)
 
 
@@ -271,25 +263,8 @@ def test_a_video_is_read_at_the_agents_rate_and_squared(tmp_path, rate, numbers)
 def test_a_video_that_ends_before_is_refused_with_what_it_has(tmp_path):
     path = save_counting(tmp_path / 'a.mp4', 30, 30)
     assert len(video.load(path, 25, 25, 16)[0]) == 25
-    with pytest.raises(utils.UserError, match='which is 1 agent steps of .* not 25: remove it.'):
-        video.nearest_frames(tmp_path / 'a.mp4', 1.5, 26)
-    with pytest.raises(utils.UserError, match='a.mp4 lasts 1.00 s.*set episode_len=24 or less'):
+    with pytest.raises(utils.UserError, match='ends after 0.97 s.*set episode_len=24 or less'):
         video.load(path, 25, 26, 16)
-
-
-def test_the_length_that_is_recommended_is_there(monkeypatch):
-    """Also where an agent step ends half-way between two frames."""
-    for rate, fps in ((25, 50), (30, 20), (29.97, 25), (60, 25), (12.5, 25)):
-        for length in range(25, 60):
-            monkeypatch.setattr(video.iio, 'immeta', lambda _, rate=rate: {'fps': rate})
-            monkeypatch.setattr(video.imageio_ffmpeg, 'count_frames_and_secs',
-                                lambda _, length=length: (length, 0))
-            with pytest.raises(utils.UserError) as error:
-                video.nearest_frames('a.mp4', fps, 1000)
-            steps = int(re.search('set episode_len=([0-9]+) or less', str(error.value))[1])
-            video.nearest_frames('a.mp4', fps, steps + 1)
-            with pytest.raises(utils.UserError):
-                video.nearest_frames('a.mp4', fps, steps + 2)
 
 
 @pytest.mark.parametrize('content', [b'', b'no video', None])
