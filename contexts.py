@@ -89,21 +89,21 @@ class Scenery:
         context[last] = (cell + MODULUS * half + CELLS * context[last] % 1) / CELLS
         return context
 
-    def lay(self, factor: str, key: str, uniform):
+    def scale(self, factor: str, key: str, uniform):
         """Scale a number or an array in [0, 1) to the range of a factor's key."""
         low, high = self.ranges[factor, key]
         return low + uniform * (high - low)
 
     def colour(self, factor: str, hue: float, saturation: float, value: float) -> np.ndarray:
         """Return RGB (3,) in [0, 1]; saturation and value in [0, 1) are scaled to their ranges."""
-        return np.array(colorsys.hsv_to_rgb(hue, self.lay(factor, 'saturation', saturation),
-                                            self.lay(factor, 'value', value)))
+        return np.array(colorsys.hsv_to_rgb(hue, self.scale(factor, 'saturation', saturation),
+                                            self.scale(factor, 'value', value)))
 
 
 class Distractor(NamedTuple):
     shape: int  # mjtGeom
     size: np.ndarray  # (3,), metres, as mjv_initGeom takes it
-    position: np.ndarray  # (3,), metres, in the world, for the camera at its first place
+    position: np.ndarray  # (3,), metres, in the world, before the camera travels
     frame: np.ndarray  # (9,), rotation
     rgba: np.ndarray  # (4,)
     period: float  # metres
@@ -205,7 +205,7 @@ def look(context: np.ndarray, scenery: Scenery, stage: Stage) -> Look:
         y, x = np.mgrid[:FLOOR_SIZE, :FLOOR_SIZE] * 2 * stage.tiles // FLOOR_SIZE % 2
         *_, contrast, pattern = slots['floor']
         dark = PATTERNS[int(len(PATTERNS) * pattern)](x, y)[..., None]
-        image = colours[FLOOR] * (1 - dark * scenery.lay('floor', 'contrast', contrast))
+        image = colours[FLOOR] * (1 - dark * scenery.scale('floor', 'contrast', contrast))
         textures |= dict.fromkeys(stage.textures['floor'], (255 * image).astype(np.uint8))
     if 'sky' in slots:
         _, *saturations_and_values = slots['sky']
@@ -215,13 +215,13 @@ def look(context: np.ndarray, scenery: Scenery, stage: Stage) -> Look:
         textures |= dict.fromkeys(stage.textures['sky'], (255 * image).astype(np.uint8))
     if 'light' in slots:
         brightness, hue, tint, azimuth, tilt = slots['light']
-        colour = np.array(colorsys.hsv_to_rgb(hue, scenery.lay('light', 'tint', tint), 1))
+        colour = np.array(colorsys.hsv_to_rgb(hue, scenery.scale('light', 'tint', tint), 1))
         axis = [np.cos(2 * np.pi * azimuth), np.sin(2 * np.pi * azimuth), 0]
-        light = (scenery.lay('light', 'brightness', brightness) * colour,
-                 rotation(axis, scenery.lay('light', 'tilt', tilt)))
+        light = (scenery.scale('light', 'brightness', brightness) * colour,
+                 rotation(axis, scenery.scale('light', 'tilt', tilt)))
     if 'camera' in slots:
         yaw, pitch, roll, zoom = (
-            scenery.lay('camera', key, slot) for key, slot in
+            scenery.scale('camera', key, slot) for key, slot in
             zip(('orbit', 'orbit', 'roll', 'zoom'), slots['camera'], strict=True))
         camera = (rotation([0, 1, 0], yaw) @ rotation([1, 0, 0], pitch)
                   @ rotation([0, 0, 1], roll), zoom)
@@ -254,7 +254,7 @@ def place_distractors(slots: np.ndarray, hues: Mapping[str, float], scenery: Sce
         depth = min(stage.depth * (1.3 + 0.6 * depth), ground)
         position = stage.eye + depth * ray
         shape = SHAPES[int(len(SHAPES) * shape)]
-        radius = scenery.lay('distractors', 'size', size) * stage.half_view * depth
+        radius = scenery.scale('distractors', 'size', size) * stage.half_view * depth
         length = radius * (0.6 + 0.8 * length)
         if depth == ground:
             position[2] += {GEOM.mjGEOM_SPHERE: radius,

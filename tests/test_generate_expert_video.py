@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from fakes import (
-    FakeEnv,
     edit,
     kind_of,
     save_expert,
@@ -81,6 +80,7 @@ def contents(folder):
 
 
 def test_dataset_is_whole(dataset, snapshot):
+    """Demonstrations keep no actions, and play keeps no rewards."""
     assert sorted(contents(dataset)) == sorted(
         [f'{split}/meta.json' for split in NUMS]
         + [f'{split}/{name}' for split, num in NUMS.items() for i in range(num)
@@ -100,23 +100,12 @@ def test_dataset_is_whole(dataset, snapshot):
             assert frames.shape == (2, 6, 32, 32, 3)
             assert (frames[0] != frames[1]).any() and (frames[:, 0] != frames[:, 5]).any()
             assert np.shape(episode['qpos']) == (6, 2)
+            kept = {'play': {'actions'}, 'expert': {'rewards', 'expert_return'}}[actor]
+            assert episode.keys() == kept | {'index', 'episode_seed', 'qpos', 'contexts',
+                                             'frames_crc32'}
+            assert episode.get('expert_return', 0) == sum(episode.get('rewards', ()))
             for context in episode['contexts']:
                 assert kind_of(contexts.Scenery(clips.meta['scenery']), np.array(context)) == kind
-
-
-def test_demonstrations_keep_no_actions_and_play_keeps_no_rewards(dataset):
-    always = {'index', 'episode_seed', 'qpos', 'contexts', 'frames_crc32'}
-    for split in NUMS:
-        clips = video.Clips(dataset / split)
-        for i in range(len(clips)):
-            episode = clips.episode(i)
-            if split.startswith('play'):
-                assert episode.keys() == always | {'actions'}
-                assert np.shape(episode['actions']) == (5, 2)
-            else:
-                assert episode.keys() == always | {'rewards', 'expert_return'}
-                assert len(episode['rewards']) == 5
-                assert episode['expert_return'] == sum(episode['rewards'])
 
 
 @pytest.mark.parametrize('split', ['play', 'train'])
@@ -288,48 +277,6 @@ def test_play_is_smooth_and_differs_by_episode():
     assert correlations.min() < 0.6 and correlations.max() > 0.9
     assert np.median(correlations) > 0.7  # uncorrelated actions have 0
     assert abs(np.corrcoef(spreads, correlations)[0, 1]) < 0.5  # drawn apart
-
-
-class GoesHome:
-    """An agent whose action is minus its position, without noise."""
-
-    def act(self, obs, step, eval_mode):
-        assert eval_mode
-        return -obs[:2]
-
-
-class FakeCamera:
-    def __init__(self, env):
-        self.env, self.seen = env, []
-
-    def render(self, context):
-        self.seen.append(context)
-        return self.env.render(2) + np.uint8(context[0])
-
-
-def test_film_with_one_camera_for_each_context():
-    env = FakeEnv(length=3)  # may end with the clip, not before
-    cameras = [FakeCamera(env), FakeCamera(env)]
-    frames, happened = script.film(env, GoesHome(), cameras, 3, 5, [[0], [100]])
-    assert frames[:, :, 0, 0, 0].tolist() == [[0, 1, 2, 3], [100, 101, 102, 103]]
-    assert frames.shape == (2, 4, 2, 2, 3) and frames.dtype == np.uint8
-    again = FakeEnv(length=3)
-    again.reset(episode_seed=5)
-    poses, rewards = [again.qpos()], []
-    for _ in range(3):
-        rewards.append(again.step(-np.float32(poses[-1])).reward)
-        poses.append(again.qpos())
-    assert happened == {'actions': (-np.float32(poses[:3])).tolist(), 'rewards': rewards,
-                        'qpos': np.array(poses).tolist()}
-    json.dumps(happened)  # plain numbers
-    for camera in cameras:  # the very same object, so that textures are uploaded once
-        assert all(context is camera.seen[0] for context in camera.seen)
-
-
-def test_film_of_an_episode_that_ends_too_early():
-    env = FakeEnv(length=2)
-    with pytest.raises(utils.UserError, match='ends after 2 steps: set episode_len=2 or less'):
-        script.film(env, GoesHome(), [FakeCamera(env)], 3, 0, [[0]])
 
 
 @pytest.mark.parametrize('override, sentence', [
