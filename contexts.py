@@ -67,7 +67,7 @@ class Scenery:
         """Check the config, which may come from a dataset's meta.json.
 
         Raises: UserError for a factor or key that is unknown, a range that is missing or that
-          cfgs/allowed.yaml does not allow, and where all factors are off.
+          settings.py does not allow, and where all factors are off.
         """
         for name, factor in config.items():
             if name not in FACTORS:
@@ -83,7 +83,7 @@ class Scenery:
                 if key not in factor:
                     raise UserError(f'scenery.{name}.{key} is missing: set '
                                     f'scenery.{name}.{key}=[low,high].')
-        settings.check_settings({'scenery': config}, 'generate_expert_video')
+        settings.check_settings({'scenery': config}, 'scenery')
         self.names = [name for name in FACTORS if name in config and config[name].get('enabled')]
         self.ranges = {(name, key): tuple(config[name][key]) for name in self.names
                        for key in FACTORS[name][1]}

@@ -109,7 +109,7 @@ def recording(cfg) -> tuple[DrQV2Agent | None, dict]:
     arguments of the environment that films."""
     if cfg.from_mp4:
         return None, {'obs': 'states', 'action_repeat': cfg.action_repeat or 2}
-    return load_expert(cfg.snapshot, cfg.task_name)
+    return load_expert(cfg.expert, cfg.task_name)
 
 
 def find_mp4s(cfg) -> dict[str, list[list[Path]]]:
@@ -318,7 +318,7 @@ def describe(cfg, split: str, env_args: dict, joints: list[str]) -> dict:
             'num_contexts': cfg.num_contexts, 'action_repeat': env_args['action_repeat'],
             'seed': cfg.seed, 'scenery': OmegaConf.to_container(cfg.scenery, resolve=True),
             'quality': dmc.CONTEXT_QUALITY,
-            'expert_sha256': None if cfg.from_mp4 else snapshots.sha256(cfg.snapshot),
+            'expert_sha256': None if cfg.from_mp4 else snapshots.sha256(cfg.expert),
             'versions': snapshots.versions()}
 
 
@@ -447,7 +447,7 @@ def next_command(cfg) -> str:
     # A code is judged by the poses of demonstrations and held-out play: where these are missing,
     # there is a translator already.
     if cfg.from_mp4 or cfg.num_play and not cfg.num_play_valid:
-        options += f" {utils.typed_path('snapshot', cfg.translator)}"
+        options += f" {utils.typed_path('translator', cfg.translator)}"
         return f'python train_ac.py task={cfg.task_name} {options}'
     recipe = '' if cfg.num_play else ' recipe=liu2017'
     return f'python train_ct.py task={cfg.task_name} {options}{recipe}'

@@ -30,6 +30,8 @@ from utils import UserError
 from video import VideoRecorder
 
 TRAIN, EVAL = 0, 1  # streams of episode seeds
+# Of `DrQV2Agent`, as published: in every snapshot, but no settings.
+FIXED = {'critic_target_tau': 0.01, 'stddev_clip': 0.3, 'update_every_steps': 2}
 LONGEST_EPISODE = dmc.MAX_EPISODE_STEPS + 1  # rows in the ring
 
 
@@ -315,7 +317,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     if cfg.obs == 'pixels' or cfg.save_video:
         train_env.camera(16)  # where no OpenGL works, say so now
     return Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent,
-                     agent_args(cfg, DrQV2Agent, train_env),
+                     agent_args(cfg, DrQV2Agent, train_env) | FIXED,
                      Loop(**{name: cfg[name] for name in Loop._fields}),
                      {'env_args': env_args(cfg), 'quality': dmc.QUALITY},
                      snapshots.load_last(work_dir, 'expert', cfg.task_name))
@@ -328,7 +330,7 @@ def main(cfg):
         workspace.train()
     print(f'snapshot: {workspace.snapshot_path}\n'
           f'next: python generate_expert_video.py task={cfg.task_name} '
-          f"{utils.typed_path('snapshot', workspace.snapshot_path)}")
+          f"{utils.typed_path('expert', workspace.snapshot_path)}")
 
 
 if __name__ == '__main__':

@@ -135,7 +135,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     check_settings(cfg)
     utils.set_precision(cfg.precision)
     device = utils.pick_device(cfg.device)
-    model, scores = load_translator(cfg.snapshot, cfg.task_name, cfg.recipe, device, cfg.precision)
+    model, scores = load_translator(cfg.translator, cfg.task_name, cfg.recipe, device,
+                                    cfg.precision)
     if model.code:
         print(judge_translator(scores))
     splits = open_videos(cfg, model.im_size)
@@ -149,7 +150,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
         scale = last and last['made_by'].get('scale')
     demos = Demonstrations(model, splits['train'], scale)
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
-    made_by = {'translator_sha256': snapshots.sha256(cfg.snapshot), 'recipe': cfg.recipe,
+    made_by = {'translator_sha256': snapshots.sha256(cfg.translator), 'recipe': cfg.recipe,
                'expert_sha256': splits['train'].meta['expert_sha256'], 'num_demos': len(demos),
                'num_play': len(splits.get('play', ())), 'scale': demos.scale}
     if splits['train'].imported:

@@ -299,5 +299,5 @@ def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     assert learned_alike(tmp_path / 'whole', tmp_path / 'killed', 'expert')
     path = tmp_path / 'whole/snapshot.pt'
     assert snapshots.load_snapshot(path, 'expert')['command'] == ' '.join(['train.py', *options])
-    assert f'next: python generate_expert_video.py task=reacher_easy snapshot={path}\n' in out
+    assert f'next: python generate_expert_video.py task=reacher_easy expert={path}\n' in out
     load_expert(path, 'reacher_easy')
