@@ -16,7 +16,7 @@ extended.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
+if __name__ == '__main__':  # imports take seconds; command_line.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -40,6 +40,7 @@ from omegaconf import OmegaConf
 import dmc  # first: it chooses the OpenGL backend before anything imports mujoco
 
 # isort: split
+import command_line
 import settings
 import snapshots
 import utils
@@ -453,7 +454,7 @@ def next_command(cfg) -> str:
     return f'python train_ct.py task={cfg.task_name} {options}{recipe}'
 
 
-@settings.main('generate_expert_video', dmc.task_names(), check_settings)
+@command_line.main('generate_expert_video', dmc.task_names(), check_settings)
 def main(cfg):
     generate(cfg)
     for split, (kind, actor) in SPLITS.items():

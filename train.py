@@ -6,7 +6,7 @@ resume. The imitator (train_ac.py) runs in it as well.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
+if __name__ == '__main__':  # imports take seconds; command_line.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+import command_line
 import dmc
 import settings
 import snapshots
@@ -323,7 +324,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
                      snapshots.load_last(work_dir, 'expert', cfg.task_name))
 
 
-@settings.main('train', dmc.task_names(), check_settings)
+@command_line.main('train', dmc.task_names(), check_settings)
 def main(cfg):
     with snapshots.only_one_at_work(utils.work_dir()):
         workspace = make_workspace(cfg, utils.work_dir())

@@ -6,7 +6,7 @@ how, stands in ac_agent.py; what the agent sees, in imitation.py.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
+if __name__ == '__main__':  # imports take seconds; command_line.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 
+import command_line
 import dmc
 import imitation
 import settings
@@ -186,7 +187,7 @@ def pretrain(workspace: Workspace):
     progress.close()
 
 
-@settings.main('train_ac', dmc.task_names(), check_settings)
+@command_line.main('train_ac', dmc.task_names(), check_settings)
 def main(cfg):
     with snapshots.only_one_at_work(utils.work_dir()):
         workspace = make_workspace(cfg, utils.work_dir())

@@ -9,7 +9,7 @@ held-out contexts, with its code.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
+if __name__ == '__main__':  # imports take seconds; command_line.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 from omegaconf import OmegaConf
 
+import command_line
 import dmc
 import settings
 import snapshots
@@ -352,7 +353,7 @@ def train(cfg, work_dir: Path):
     run.logger.close()
 
 
-@settings.main('train_ct', dmc.task_names(), check_settings)
+@command_line.main('train_ct', dmc.task_names(), check_settings)
 def main(cfg):
     work_dir = utils.work_dir()
     with snapshots.only_one_at_work(work_dir):

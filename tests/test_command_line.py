@@ -8,23 +8,23 @@ import pytest
 from fakes import run, start
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-import settings
+import command_line
 import train
 import utils
 
 
 def test_a_runs_folder_alone_stands_for_its_options(tmp_path):
     folder = f'hydra.run.dir={tmp_path}'
-    assert settings.with_own_options([folder]) == [folder]  # a new run
+    assert command_line.with_own_options([folder]) == [folder]  # a new run
     (tmp_path / '.hydra').mkdir()
     (tmp_path / '.hydra/overrides.yaml').write_text('- task=finger_spin\n- channels=[1,2]\n')
-    assert settings.with_own_options([folder]) == [folder, 'task=finger_spin', 'channels=[1,2]']
+    assert command_line.with_own_options([folder]) == [folder, 'task=finger_spin', 'channels=[1,2]']
     for others in ([folder, 'seed=2'], ['task=reacher_hard'], []):
-        assert settings.with_own_options(others) == others
+        assert command_line.with_own_options(others) == others
     for damaged in (b'- [', b'- 3', b'\x00', b'\xff', b'word'):
         (tmp_path / '.hydra/overrides.yaml').write_bytes(damaged)
         with pytest.raises(utils.Damaged, match='overrides.yaml is damaged: write the run'):
-            settings.with_own_options([folder])
+            command_line.with_own_options([folder])
 
 
 def test_a_path_is_typed_so_that_shell_and_hydra_read_it():
