@@ -139,9 +139,10 @@ class BeforeRuns(Callback):
                 tasks = (name.removesuffix('.yaml') for name in ConfigStore.instance().list('task'))
                 print(settings.help_text(cfg, config.hydra.job.config_name, tasks))
                 sys.exit()
-            if cfg.task_name != config.hydra.runtime.choices.task:  # else half of the task changes
-                raise UserError(f'task_name={settings.typed(cfg.task_name)} follows from task: '
-                                'write task=<name> instead, see --help.')
+            name = cfg.get('task_name')
+            if name != config.hydra.runtime.choices.task:  # its values would be another task's
+                raise UserError(f'task_name={settings.typed(name)} follows from task: write '
+                                'task=<name> instead, see --help.')
             self.check(cfg)
             option = 'out_dir' if 'out_dir' in cfg else 'local_dir or hydra.run.dir'
             utils.check_folder(cfg.get('out_dir', folder), option)

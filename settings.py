@@ -49,12 +49,15 @@ def or_null(base: Any) -> Any:
     return kind(base | None, f'{field.title} or null', field.examples[0])
 
 
-def schedule(number: Any) -> Any:
-    """Return the type of what `utils.schedule` takes: such a number, or linear(...) of numbers."""
-    value, duration = r' *\d+\.?\d*(e-?\d+)? *', r' *[1-9]\d*\.?\d*(e\d+)? *'
-    linear = Annotated[str, Field(pattern=rf'^linear\({value},{value},{duration}\)$')]
-    field = number.__metadata__[0]
-    return kind(number | linear, f'{field.title} or linear(start,end,duration)', field.examples[0])
+def schedule(example: Any, **limits) -> Any:
+    """Return the type of what `utils.schedule` takes, a number or linear(...) of numbers. They are
+    above 0, or from 0, as `limits` say."""
+    number = kind(float, 'a number', example, **limits)
+    above_0 = r' *(\d*[1-9]\d*\.?\d*|\d*\.\d*[1-9]\d*)(e[+-]?\d{1,2})? *'
+    value = above_0 if 'gt' in limits else rf'({above_0}| *0\.?0* *)'
+    linear = Annotated[str, Field(pattern=rf'^linear\({value},{value},{above_0}\)$')]
+    words = f'{number.__metadata__[0].title} or linear(start,end,duration)'
+    return kind(number | linear, words, example)
 
 
 def span(low: float, high: float) -> Any:
@@ -92,8 +95,7 @@ Channels = kind(list[whole(1)], 'a list of 4 whole numbers from 1', '[32,64,128,
 Share = kind(float, 'a number', 0.5, ge=0, le=1)
 Weight = kind(float, 'a number', 1, ge=0)
 Rate = kind(float, 'a number', '1e-3', gt=0)
-RateSchedule = schedule(kind(float, 'a number', '1e-3', ge=0))
-Noise = schedule(kind(float, 'a number', 0.2, gt=0))
+RateSchedule, Noise = schedule('1e-3', ge=0), schedule(0.2, gt=0)
 Unit, Angle = span(0, 1), span(-180, 180)
 
 # ------------------------------------------------------------------------------ models of settings
