@@ -11,6 +11,7 @@ from pathlib import Path
 import hydra
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -45,7 +46,7 @@ def main(script: str, task_names: Collection[str], check: Callable):
             os.environ['HYDRA_FULL_ERROR'] = '1'  # Hydra raises its errors and prints none
             with one_sentence(script):
                 sys.argv[1:] = with_own_options(sys.argv[1:])
-                BeforeRuns.wants_help = bool({'--help', '-h'} & set(sys.argv))
+                BeforeRuns.wants_help = read_flags(sys.argv[1:]).help
                 BeforeRuns.check = staticmethod(check)
                 sys.argv = [argument for argument in sys.argv if argument not in ('--help', '-h')]
                 hydra.main(str(settings.CFGS), script, version_base='1.3')(guarded)()
@@ -78,6 +79,16 @@ def with_own_options(arguments: list[str]) -> list[str]:
     except (OSError, OmegaConfBaseException, TypeError, ValueError, yaml.YAMLError) as error:
         raise Damaged(f"{file} is damaged: write the run's options behind "
                       f'{arguments[0]}.') from error
+
+
+def read_flags(arguments: list[str]):
+    """Return Hydra's flags; refuse one that it does not know (UserError)."""
+    def refuse(message: str):
+        raise UserError(f'{message}: options are key=value, see --help; flags such as -m stand '
+                        'before or after all of them.')
+    parser = get_args_parser()
+    parser.error = refuse
+    return parser.parse_args(arguments)
 
 
 @contextlib.contextmanager
@@ -121,18 +132,22 @@ class BeforeRuns(Callback):
 
     def on_run_start(self, config, **_):
         with one_sentence(config.hydra.job.config_name):
-            self.begin([config], config.hydra.run.dir)
+            self.begin([config], config.hydra.run)
 
     def on_multirun_start(self, config, **_):
         with one_sentence(config.hydra.job.config_name):
             loader = GlobalHydra.instance().config_loader()
             overrides = OverridesParser.create(loader).parse_overrides(
                 list(config.hydra.overrides.task))
+            for override in overrides:
+                if override.is_sweep_override() and not (
+                        override.is_discrete_sweep() and any(override.sweep_string_iterator())):
+                    raise UserError(f'{override.input_line} does not say which values to run with: '
+                                    'list them, as in seed=1,2.')
             [runs] = BasicSweeper.split_arguments(overrides, None)
-            self.begin([loader.load_sweep_config(config, run) for run in runs],
-                       config.hydra.sweep.dir)
+            self.begin([loader.load_sweep_config(config, run) for run in runs], config.hydra.sweep)
 
-    def begin(self, configs: list, folder: str):
+    def begin(self, configs: list, folder):
         for config in configs:
             cfg = OmegaConf.masked_copy(config, [key for key in config if key != 'hydra'])
             if self.wants_help:
@@ -145,4 +160,4 @@ class BeforeRuns(Callback):
                                 'task=<name> instead, see --help.')
             self.check(cfg)
             option = 'out_dir' if 'out_dir' in cfg else 'local_dir or hydra.run.dir'
-            utils.check_folder(cfg.get('out_dir', folder), option)
+            utils.check_folder(cfg.get('out_dir', folder.dir), option)

@@ -304,12 +304,13 @@ def test_a_bad_setting_is_refused_in_a_sentence_and_nothing_is_written(refusal, 
     ('train_ct', 'code.wieghts.noise=1', ['code.weights.noise']),
     ('train_ct', 'num_step=7', ['code.num_steps']), ('train', 'lr.foo=1', ['no option lr.foo']),
     ('generate_expert_video', '+scenery.walls.enabled=true', ['no option scenery.walls;']),
-    ('train', '~task_name', ['task=<name>']), ('train', '~lr', ['lr is missing', 'set lr=']), ('train', '+lr=1', ["at 'lr'", "'lr=1'"]),
+    ('train', '~task_name', ['task=<name>']),
+    ('train', '~lr', ['lr is missing', 'set lr=']), ('train', '+lr=1', ["at 'lr'", "'lr=1'"]),
     ('train_ct', 'model=3', ['model is a section', 'model.channels, model.z_dim']),
     ('train', 'lr={a:1}', ['lr={"a": 1}', 'set lr=']), ('train', '=1', ['=1']),
     ('train', 'lr=linear(1,2,3)', ['lr=linear(1,2,3)', 'quote']), ('train', 'lr=[1', ['quote']),
     ('train', 'lr', ['key=value']), ('train', 'seed=1,2', ['seed=1,2', 'add -m']),
-    ('train_ct', 'recipe=lui2017', ['liu2017']),
+    ('train', '--verbose', ['--verbose', '--help']), ('train_ct', 'recipe=lui2017', ['liu2017']),
     ('train_ct', 'ct=lui2017', ['no ct=lui2017', 'liu2017']), ('train', 'task=3', ['task=3: ']),
     ('train', 'xyzzy=[1]', ['no option xyzzy; --help lists them all.']),
     ('train', 'obs=sounds', ['obs=sounds', 'states']),
@@ -331,6 +332,8 @@ def test_all_runs_of_a_sweep_are_checked_before_the_first(refusal):
     assert 'seed=-1' in refusal('train', '-m', 'seed=-1', 'task=choice(reacher_hard,finger_spin)')
     assert 'no task=reacher_hrad; the nearest are reacher_hard' in refusal(
         'train', '-m', 'task=choice(finger_spin,reacher_hrad)')
+    for argument in ('seed=glob(*)', 'task=glob(walkers_*)', 'discount=interval(0,1)'):
+        assert f'{argument} does not say which values' in refusal('train', '-m', argument)
     assert 'batch_size=0' in refusal('train', '-m', 'batch_size=range(2,-1,-1)')
     assert 'w_clone and w_value are both 0' in refusal('train_ac', '-m', 'w_value=1,0', 'w_clone=0')
 
