@@ -75,20 +75,20 @@ SHIPPED_EXPERT = $(wildcard experts/$(TASK).pt)
 SHIPPED_TRANSLATOR = $(wildcard ct/$(TASK).pt)
 EXPERT = $(or $(SHIPPED_EXPERT),exp_local/$(RUN)/snapshot.pt)
 ALL_PLAY = num_play=$(shell expr $(PLAY) + $(MORE_PLAY))
-AC = $(PY) train_ac.py task=$(TASK) snapshot=$(TRANSLATOR) data_dir=videos/$(RUN)
+AC = $(PY) train_ac.py task=$(TASK) translator=$(TRANSLATOR) data_dir=videos/$(RUN)
 TRANSLATOR = $(or $(SHIPPED_TRANSLATOR),ct_local/$(RUN)/best.pt)
 
 demo: .venv
 	$(if $(SHIPPED_EXPERT),@echo 'expert: $(EXPERT) is shipped',\
 	    $(PY) train.py task=$(TASK) obs=states hydra.run.dir=exp_local/$(RUN) $(EXPERT_$(BUDGET)))
-	$(PY) generate_expert_video.py task=$(TASK) snapshot=$(EXPERT) out_dir=videos/$(RUN) \
+	$(PY) generate_expert_video.py task=$(TASK) expert=$(EXPERT) out_dir=videos/$(RUN) \
 	    $(VIDEOS_$(BUDGET))
 	$(if $(SHIPPED_TRANSLATOR),@echo 'translator: $(TRANSLATOR) is shipped',\
 	    $(PY) train_ct.py task=$(TASK) data_dir=videos/$(RUN) hydra.run.dir=ct_local/$(RUN) \
 	    $(TRANSLATOR_$(BUDGET)))
 	$(if $(filter 2,$(TURNS)),\
 	    $(AC) hydra.run.dir=ac_local/$(RUN)_first $(IMITATOR_$(BUDGET)) num_play=$(PLAY) && \
-	    $(PY) generate_expert_video.py task=$(TASK) snapshot=$(EXPERT) out_dir=videos/$(RUN) \
+	    $(PY) generate_expert_video.py task=$(TASK) expert=$(EXPERT) out_dir=videos/$(RUN) \
 	        $(VIDEOS_$(BUDGET)) $(ALL_PLAY) translator=$(TRANSLATOR) \
 	        player=ac_local/$(RUN)_first/snapshot.pt)
 	$(AC) hydra.run.dir=ac_local/$(RUN) $(IMITATOR_$(BUDGET)) \

@@ -14,7 +14,7 @@ dataset, and the same command resumes or extends it.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
+if __name__ == '__main__':  # imports take seconds; command_line.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -35,6 +35,7 @@ from omegaconf import OmegaConf
 import dmc  # first: it chooses the OpenGL backend before anything imports mujoco
 
 # isort: split
+import command_line
 import settings
 import snapshots
 import utils
@@ -183,7 +184,7 @@ class Studio:
             self.mp4s, self.expert = share_mp4s(cfg), None
             self.env_args = {'obs': 'states', 'action_repeat': cfg.action_repeat or 2}
         else:
-            self.mp4s, (self.expert, self.env_args) = {}, load_expert(cfg.snapshot, cfg.task_name)
+            self.mp4s, (self.expert, self.env_args) = {}, load_expert(cfg.expert, cfg.task_name)
         self.env = dmc.make(cfg.task_name, scenery=self.scenery, **self.env_args)
         self.fps = frame_rate(self.env, self.env_args)
         self.num_episodes = {split: len(self.mp4s.get(split, ())) or cfg[f'num_{split}']
@@ -214,7 +215,7 @@ class Studio:
                 'num_contexts': cfg.num_contexts, 'action_repeat': self.env_args['action_repeat'],
                 'seed': cfg.seed, 'scenery': OmegaConf.to_container(cfg.scenery, resolve=True),
                 'quality': dmc.CONTEXT_QUALITY,
-                'expert_sha256': snapshots.sha256(cfg.snapshot) if self.expert else None,
+                'expert_sha256': snapshots.sha256(cfg.expert) if self.expert else None,
                 'versions': snapshots.versions()}
         if split in self.mp4s:
             digest, episodes = hashlib.sha256(), self.mp4s[split]
@@ -374,11 +375,11 @@ def next_command(cfg) -> str:
     """Return the command that uses the dataset."""
     options = f"task={cfg.task_name} {utils.typed_path('data_dir', cfg.out_dir)}"
     if cfg.from_mp4:
-        return f"python train_ac.py {options} {utils.typed_path('snapshot', cfg.translator)}"
+        return f"python train_ac.py {options} {utils.typed_path('translator', cfg.translator)}"
     return f"python train_ct.py {options}{'' if cfg.num_play else ' recipe=liu2017'}"
 
 
-@settings.main('generate_expert_video', dmc.task_names(), check_settings)
+@command_line.main('generate_expert_video', dmc.task_names(), check_settings)
 def main(cfg):
     generate(cfg)
     for split in SPLITS:

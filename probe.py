@@ -14,13 +14,12 @@ from ct_model import ContextTranslator, moving, normed_mlp, to_uint8
 class Evaluator:
     """Held-out clips, the same at every evaluation, and what can be said without a model."""
 
-    def __init__(self, clips: video.Clips, train_clips: video.Clips, pairs: str, num_clips: int,
+    def __init__(self, clips: video.Clips, train_clips: video.Clips, num_clips: int,
                  device: torch.device):
         num_clips, num_contexts = min(num_clips, len(clips)), clips.meta['num_contexts']
         self._device = device
-        shift = int(pairs == 'random')
         self._source = self._load(clips.frames(i)[i % num_contexts] for i in range(num_clips))
-        self._target = self._load(clips.frames((i + shift) % num_clips)[(i + 1) % num_contexts]
+        self._target = self._load(clips.frames(i)[(i + 1) % num_contexts]
                                   for i in range(num_clips))
         self._moved = moving(self._target, self._target[:, 0])
         known = self._load(train_clips.frames(i)[i % num_contexts]

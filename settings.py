@@ -1,329 +1,310 @@
-"""What a setting may be, the command line that gives it a value, and the sentences about both."""
-import contextlib
+"""What each setting of the scripts may be, and --help.
+
+Values stand in cfgs/. Type, range and a line of help stand here, in one model for each script.
+"""
 import difflib
 import functools
-import gc
 import itertools
 import json
-import math
-import re
-import sys
+import operator
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import hydra
-import yaml
-from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
-from hydra.errors import HydraException
+import pydantic
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
+from pydantic.fields import FieldInfo
 
 import utils
-from utils import Damaged, UserError
+from utils import UserError
 
 CFGS = Path(__file__).parent / 'cfgs'
 
+# ------------------------------------------------------------------------------- types of settings
 
-def main(config_name: str, task_names: Sequence[str], check: Callable):
-    """Decorate a script's main: `hydra.main` with any of these tasks, and errors in one sentence.
-
-    `check` is called with the settings of each run before Hydra makes a folder. A `UserError` is
-    printed without a traceback and ends the script with exit code 2. Ctrl-C and SIGTERM end it with
-    exit codes 130 and 143, and the command to resume is printed.
-    """
-    def decorate(script):
-        @functools.wraps(script)
-        def guarded(cfg):
-            with utils.exit_on_user_error(), utils.raise_interrupts():
-                script(cfg)
-
-        def run():
-            gc.freeze()  # modules stay: looking through them again takes 0.3 s at exit
-            gc.enable()
-            with utils.exit_on_user_error():
-                sys.argv[1:] = with_own_options(sys.argv[1:])
-                args = read_arguments(sys.argv[1:])
-                groups = register_tasks(task_names)
-                for cfg in compose_runs(config_name, args, groups):
-                    if args.help:
-                        print(help_text(cfg, config_name, groups['task']))
-                        return
-                    check(cfg)
-            hydra.main(version_base='1.3', config_path=str(CFGS), config_name=config_name)(
-                guarded)()
-        return run
-    return decorate
+STRICT = pydantic.ConfigDict(strict=True, extra='forbid', frozen=True, allow_inf_nan=False)
 
 
+def kind(base: Any, words: str, example: Any, **limits) -> Any:
+    """Return a type that `words` describe; an error recommends `example`. `limits` are pydantic's,
+    and ge, gt and le are added to the words."""
+    words += ''.join(f' {said} {limits[name]}' for name, said in (
+        ('ge', 'from'), ('gt', 'above'), ('le', 'to')) if name in limits)
+    return Annotated[base, Field(title=words, examples=[example], **limits)]
 
 
-# ------------------------------------------------------------------------------------- command line
-
-def with_own_options(arguments: list[str]) -> list[str]:
-    """Return the arguments; if `hydra.run.dir=RUN` is the only one, followed by the options that
-    RUN was started with.
-
-    Raises: Damaged where these cannot be read.
-    """
-    key, _, folder = arguments[0].partition('=') if len(arguments) == 1 else ('', '', '')
-    path = Path(folder) / '.hydra/overrides.yaml'
-    if key != 'hydra.run.dir' or not path.exists():
-        return arguments
-    try:
-        return [*arguments, *map(str.strip, OmegaConf.load(path)[:])]
-    except (OSError, OmegaConfBaseException, TypeError, ValueError, yaml.YAMLError) as error:
-        raise Damaged(f"{path} is damaged: write the run's options behind "
-                      f'{arguments[0]}.') from error
+def whole(least: int, example: int | None = None, **limits) -> Any:
+    return kind(int, 'a whole number', least if example is None else example, ge=least, **limits)
 
 
-def read_arguments(arguments: list[str]):
-    """Return Hydra's flags, and `overrides`.
-
-    Raises: UserError for a flag that Hydra does not know.
-    """
-    def refuse(message: str):
-        raise UserError(f'{message}: options are key=value, see --help; flags such as -m stand '
-                        'before or after all of them.')
-    parser = get_args_parser()
-    parser.error = refuse
-    return parser.parse_args(arguments)
+def one_of(*names: str) -> Any:
+    return kind(Literal[names], f"one of {', '.join(names)}", names[0])
 
 
-def register_tasks(task_names: Sequence[str]) -> dict[str, list[str]]:
-    """Make `task=<domain_task>` work for tasks that have no file in cfgs/task.
-
-    Returns: for each folder in cfgs/, such as `task`, the names that it takes on a command line.
-    """
-    groups = {folder.name: sorted(path.stem for path in folder.glob('*.yaml'))
-              for folder in CFGS.iterdir() if folder.is_dir()}
-    tasks, files = set(task_names), set(groups['task'])
-    for name in tasks - files:
-        ConfigStore.instance().store(group='task', name=name, package='_global_',
-                                     node={'defaults': ['medium'], 'task_name': name})
-    return groups | {'task': sorted(tasks | files - {'easy', 'medium', 'hard'})}
+def or_null(base: Any) -> Any:
+    field = base.__metadata__[0]
+    return kind(base | None, f'{field.title} or null', field.examples[0])
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return how an error ends: 'the nearest are lr, code.lr; --help lists them all.'
-
-    These are the three of `names` that are spelt most like `name`; if none is like it, they are
-    left out, unless there are no more than three.
-    """
-    # An option may be meant without the section it is in.
-    near = {full: max(difflib.SequenceMatcher(None, name, part).ratio()
-                      for part in (full, full.rpartition('.')[2]))
-            for full in sorted(names, key=len)}
-    best = [full for full in sorted(near, key=near.get, reverse=True)
-            if near[full] > 0.5 or len(near) <= 3]
-    return (f"the nearest are {', '.join(best[:3])}; " if best else '') + '--help lists them all.'
+def schedule(example: Any, **limits) -> Any:
+    """Return the type of what `utils.schedule` takes, a number or linear(...) of numbers. They are
+    above 0, or from 0, as `limits` say."""
+    number = kind(float, 'a number', example, **limits)
+    above_0 = r' *(\d*[1-9]\d*\.?\d*|\d*\.\d*[1-9]\d*)(e[+-]?\d{1,2})? *'
+    value = above_0 if 'gt' in limits else rf'({above_0}| *0\.?0* *)'
+    linear = Annotated[str, Field(pattern=rf'^linear\({value},{value},{above_0}\)$')]
+    words = f'{number.__metadata__[0].title} or linear(start,end,duration)'
+    return kind(number | linear, words, example)
 
 
-def compose_runs(config_name: str, args, groups: dict[str, list[str]]) -> list:
-    """Return the settings of each run that the arguments ask for: of one, or with -m of several.
-
-    Args:
-      groups: the names that each folder of cfgs/ takes.
-
-    Raises: UserError for an override that cannot be read, or does not name a setting, and where the
-      run's folder cannot be made.
-    """
-    if (args.hydra_help or args.shell_completion or args.experimental_rerun or args.config_name
-            or args.config_path or args.config_dir):
-        return []  # Hydra's own business
-    several = args.multirun or 'hydra.mode=MULTIRUN' in args.overrides
-    choices, cfgs = [], []
-    try:
-        for argument in args.overrides:
-            override = parse_override(argument)
-            swept = override.is_sweep_override()
-            if swept and not several:
-                raise UserError(f'{argument} gives several values: add -m to run with each of '
-                                'them, or put them in [ and ] for a list.')
-            if swept and (not override.is_discrete_sweep() or isinstance(override.value(), Glob)):
-                raise UserError(f'{argument} does not say which values to run with: list them, as '
-                                'in seed=1,2 or task=reacher_hard,finger_spin.')
-            choices.append([parse_override(f'{override.get_key_element()}={value}') for value in
-                            override.sweep_string_iterator()] if swept else [override])
-        for run in itertools.product(*choices):
-            chosen = [override for override in run if override.is_hydra_override()
-                      or override.key_or_group in groups]
-            for override in chosen:
-                group, name = override.key_or_group, str(override.value())
-                if group in groups and not override.is_delete() and name not in groups[group]:
-                    raise UserError(f'there is no {group}={name}; {nearest(name, groups[group])}')
-            cfgs.append(_compose(config_name, *(override.input_line for override in chosen)).copy())
-            for override in run:
-                if override not in chosen:
-                    _set(cfgs[-1], override)
-            folders = {override.key_or_group: override.value() for override in chosen
-                       if override.key_or_group in ('hydra.run.dir', 'hydra.sweep.dir')}
-            folders = folders or {option: cfgs[-1][option] for option in ('local_dir', 'out_dir')
-                                  if option in cfgs[-1]}
-            for option, folder in folders.items():
-                if not (args.help or args.cfg or args.info):
-                    utils.check_folder(str(folder), option)
-    except (HydraException, OmegaConfBaseException) as error:
-        message = re.split('Config search path|See http', str(error))[0]
-        raise UserError(' '.join(message.split()).rstrip('.') + '.') from error
-    return cfgs
+def span(low: float, high: float) -> Any:
+    """Return the type of a list [low, high] within these limits."""
+    def check(ends: list[float]) -> list[float]:
+        if ends != sorted(ends):
+            raise ValueError
+        return ends
+    ends = Annotated[list[Annotated[float, Field(ge=low, le=high)]], pydantic.AfterValidator(check)]
+    return kind(ends, f'a range within [{low}, {high}]', '[low,high]', min_length=2, max_length=2)
 
 
-def parse_override(argument: str):
-    """Return Hydra's reading of key=value; refuse what it cannot read (UserError)."""
-    with contextlib.suppress(HydraException):
-        override = OverridesParser.create().parse_override(argument)
-        if override.key_or_group:
-            return override
-    raise UserError(f'{argument} cannot be read as key=value: quote a value that holds brackets, '
-                    'commas or =, as in \'lr="linear(1e-3,1e-4,6000)"\'.')
+def about(help_line: str) -> Any:
+    return Field(description=help_line)
 
 
-@functools.cache
-def _compose(config_name: str, *overrides: str):
-    with hydra.initialize_config_dir(str(CFGS), version_base='1.3'):
-        return hydra.compose(config_name, list(overrides))
+class Settings(pydantic.BaseModel):
+    """Settings of a script, or of a section: unknown keys, nan and inf are refused."""
+
+    model_config = STRICT
 
 
-def _set(cfg, override):
-    """Apply an override as Hydra will; refuse one that is no option's new value (UserError)."""
-    key, known = override.key_or_group, utils.flat(OmegaConf.to_container(cfg))
-    if key == 'task_name':  # alone it would go with another task's settings
-        raise UserError(f'task_name={typed(override.value())} follows from task: write task=<name> '
-                        'instead, see --help.')
-    if not any(f'{name}.'.startswith(f'{key}.') for name in known):
-        raise UserError(f'there is no option {key}; {nearest(key, known)}')
-    if override.is_add() or override.is_delete():
-        raise UserError(f'{override.input_line}: each option has a value, which can neither be '
-                        f'added nor removed; write {key}=value.')
-    OmegaConf.update(cfg, key, override.value())
-    if known.keys() != utils.flat(OmegaConf.to_container(cfg)).keys():
-        raise UserError(f'{override.input_line} does not fit: the options there are '
-                        f"{', '.join(name for name in known if f'{name}.'.startswith(f'{key}.'))}.")
+def section(**types) -> type[Settings]:
+    return pydantic.create_model('Section', __base__=Settings, **types)
 
-# ---------------------------------------------------------------------------- what a setting may be
+
+YesNo = kind(bool, 'true or false', False)
+Name = kind(str, 'a name', 'reacher_hard', min_length=1)
+File = kind(str, 'a path', './file.pt', min_length=1)
+Folder = kind(str, 'a path', './folder', min_length=1)
+Seed = whole(0, 1, le=2 ** 32 - 1)
+Recipe = one_of('pose_code', 'liu2017')
+Channels = kind(list[whole(1)], 'a list of 4 whole numbers from 1', '[32,64,128,256]',
+                min_length=4, max_length=4)
+Share = kind(float, 'a number', 0.5, ge=0, le=1)
+Weight = kind(float, 'a number', 1, ge=0)
+Rate = kind(float, 'a number', '1e-3', gt=0)
+RateSchedule, Noise = schedule('1e-3', ge=0), schedule(0.2, gt=0)
+Unit, Angle = span(0, 1), span(-180, 180)
+
+# ------------------------------------------------------------------------------ models of settings
+
+
+class Trainer(Settings):
+    task_name: Name = about('follows from task=')
+    seed: Seed = about('runs with the same seed and options are alike')
+    device: one_of('auto', 'cpu', 'cuda') = about('what computes the networks')
+    precision: one_of('fp32', 'bf16') = about('of matrix products')
+    use_tb: YesNo = about('write curves and videos for TensorBoard')
+    local_dir: Folder = about('folder of all runs')
+
+
+class Loop(Trainer):
+    num_train_frames: whole(1) = about('simulator steps of the run')
+    batch_size: whole(1) = about('transitions in a batch')
+    lr: Rate = about('learning rate')
+    hidden_dim: whole(1) = about('width of each network')
+    eval_every_frames: whole(0) = about('0: evaluate at start and end only')
+    num_eval_episodes: whole(1) = about('episodes in an evaluation')
+    save_video: YesNo = about('film the first episode of each evaluation')
+    log_every_frames: whole(0) = about('least distance of two lines of the log')
+    snapshot_every_frames: whole(1) = about('distance of two snapshots to resume from')
+
+
+class Expert(Loop):
+    obs: one_of('pixels', 'states') = about('what the agent sees')
+    action_repeat: whole(1) = about('simulator steps that an action lasts')
+    num_seed_frames: whole(0) = about('simulator steps before the first update')
+    frame_stack: whole(1) = about('frames in an observation of pixels')
+    im_size: whole(16, 84) = about('pixels along an edge')
+    nstep: whole(1) = about("steps of the critic's return")
+    discount: kind(float, 'a number', 0.99, ge=0, le=1) = about('of the return, for each step')
+    replay_buffer_size: whole(2) = about('transitions to keep')
+    feature_dim: or_null(whole(1)) = about('features between encoder and networks; null: all')
+    stddev_schedule: Noise = about('exploration noise over agent steps')
+    num_expl_steps: whole(0) = about('agent steps of uniform actions')
+
+
+class Imitator(Loop):
+    recipe: Recipe = about("this project's recipe or the paper's")
+    translator: File = about('its snapshot')
+    data_dir: Folder = about("generate_expert_video.py's out_dir")
+    num_demos: whole(1) = about('demonstrated episodes to learn from, at most')
+    num_eval_demos: whole(1) = about('held-out demonstrated episodes, at most')
+
+
+class CodeImitator(Imitator):
+    num_play: whole(0) = about('episodes of play to learn from, at most')
+    num_pretrain_updates: whole(0) = about("updates before the agent's first step")
+    w_clone: Weight = about("weight of cloning in the actor's loss")
+    w_value: Weight = about("weight of the critic's value in the actor's loss")
+
+
+class Paper(Settings):
+    w_img: Weight = about("weight of the images' distance in the reward")
+    num_seed_frames: whole(0) = about('simulator steps before the first update')
+    stddev_schedule: Noise = about('exploration noise over agent steps')
+
+
+class PaperImitator(Imitator):
+    liu2017: Paper
+
+
+class ImageWeights(Settings):
+    trans: Weight = about('weight of translated images in the loss')
+    rec: Weight = about('weight of reconstructed images in the loss')
+    align: Weight = about("weight of z3's distance from the target's z1; in the paper's code 1/346")
+    foreground: Share = about("moving pixels' share of the weight in image losses")
+
+
+class Networks(Settings):
+    channels: Channels = about('in the paper [64,128,256,512]')
+    z_dim: whole(1) = about('in the paper 1024')
+    hidden: whole(1) = about('in the paper 1024')
+    kernel: whole(1) = about('in the paper 5')
+    code_dim: or_null(whole(1)) = about('numbers in the pose code; null: no code')
+
+
+class Code(Settings):
+    num_steps: whole(1) = about("steps of the pose code, after the translator's")
+    lr: RateSchedule = about('learning rate of the pose code')
+    weights: section(trans=Weight, rec=Weight, agree=Weight, forward=Weight, inverse=Weight,
+                     noise=Weight)
+
+
+class Translator(Trainer):
+    recipe: Recipe = about("this project's recipe or the paper's")
+    data_dir: Folder = about("generate_expert_video.py's out_dir")
+    num_train_steps: whole(1) = about('steps of the translator')
+    lr: RateSchedule = about('learning rate of the translator')
+    batch_size: whole(1) = about('pairs of clips')
+    frames_per_clip: whole(1) = about('drawn anew at each step, the same of source and target')
+    play_share: Share = about('share of play in a batch')
+    augment_mirror: YesNo = about('mirror half of the pairs')
+    eval_every: whole(1) = about('steps of the translator from one evaluation to the next')
+    snapshot_every: whole(1) = about('steps from one snapshot, to resume from, to the next')
+    weights: ImageWeights
+    model: Networks
+    code: Code
+
+
+Factor = functools.partial(section, enabled=YesNo)
+Scenery = section(
+    body=Factor(saturation=Unit, value=Unit),
+    target=Factor(saturation=Unit, value=Unit),
+    floor=Factor(saturation=Unit, value=Unit, contrast=Unit),
+    sky=Factor(saturation=Unit, value=Unit),
+    light=Factor(brightness=span(0, 10), tint=Unit, tilt=Angle),
+    camera=Factor(orbit=Angle, roll=Angle, zoom=span(0.1, 10)),
+    distractors=Factor(count=span(0, 4), size=Unit, saturation=Unit, value=Unit))
+SceneryAlone = section(scenery=Scenery)
+
+
+class Filming(Settings):
+    task_name: Name = about('follows from task=')
+    expert: File = about("an expert's snapshot")
+    from_mp4: or_null(Folder) = about(
+        'a folder of own videos in place of an expert, *.mp4 or <context>/*.mp4')
+    action_repeat: or_null(whole(1)) = about('simulator steps to a frame of own videos; null: 2')
+    out_dir: Folder = about('a folder for each split; the same command resumes it')
+    num_train: whole(1) = about('demonstrations in seen contexts')
+    num_valid: whole(1) = about('demonstrations in held-out contexts; of own videos at most 1 in 5')
+    num_play: whole(0) = about('episodes of random actions in seen contexts')
+    num_play_valid: whole(0) = about('episodes of random actions in held-out contexts')
+    player: or_null(File) = about("an imitator's snapshot: it plays, with noise")
+    translator: File = about("the player's translator")
+    num_contexts: whole(1) = about('contexts in which each episode is filmed')
+    episode_len: whole(2) = about('agent steps from the start of an episode')
+    im_size: kind(int, 'a multiple of 16', 64, multiple_of=16, gt=0) = about('pixels along an edge')
+    seed: Seed = about('of the episodes and their contexts')
+    num_workers: or_null(whole(1)) = about('processes; null: one for each core, at most 8')
+    scenery: Scenery
+
+
+def model_of(script: str, recipe: str | None) -> type[Settings]:
+    """Return the model of a script's settings; 'scenery' stands for that section alone."""
+    return {'train': Expert, 'train_ct': Translator, 'generate_expert_video': Filming,
+            'scenery': SceneryAlone,
+            'train_ac': PaperImitator if recipe == 'liu2017' else CodeImitator}[script]
+
+
+def fields_of(model: type[Settings], prefix: str = '') -> dict[str, FieldInfo]:
+    """Return all fields of a model, those of its sections as 'code.lr'."""
+    fields = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        is_section = isinstance(kind, type) and issubclass(kind, Settings)
+        fields |= (fields_of(kind, f'{prefix}{name}.') if is_section else {prefix + name: field})
+    return fields
+
 
 def check_settings(cfg, script: str):
-    """Check each setting by cfgs/allowed.yaml.
-
-    Raises: UserError for the first that is not what it may be.
-    """
+    """Refuse the first setting that is not what it may be (UserError)."""
     try:
-        values = utils.flat(OmegaConf.to_container(OmegaConf.create(cfg), resolve=True))
+        values = OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f'{error.full_key} cannot be worked out ({str(error).splitlines()[0]}): '
                         'set a plain value.') from error
-    for key in values:
-        words, _, example = rule_of(key, script).partition(', such as ')
-        if not allows(words, values[key]):
-            example = example or words.removesuffix(' or null').split()[-1]
-            if isinstance(values[key], float) and values[key].is_integer() and allows(
-                    words, int(values[key])):  # 1e6 was meant as a whole number
-                example = int(values[key])
-            raise UserError(f'{key}={typed(values[key])} must be {words}: set {key}={example}.')
+    model = model_of(script, values.get('recipe'))
+    try:
+        model.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise UserError(sentence(error.errors()[0], values, fields_of(model))) from None
 
 
-def rule_of(key: str, script: str) -> str:
-    """Return what cfgs/allowed.yaml says of a setting; refuse one that it does not have
-    (UserError)."""
-    parts = [script, *key.split('.')]
-    rules = _rules()
-    for i in range(len(parts)):
-        if rule := rules.get('.'.join(parts[i:])):
-            return rule
-    raise UserError(f'{script}.py has no setting {key}: leave it out.')
-
-
-@functools.cache
-def _rules() -> dict[str, str]:
-    table = OmegaConf.load(CFGS / 'allowed.yaml')
-    return {key: rule for rule, keys in table.items() for key in keys}
-
-
-def allows(words: str, value: Any) -> bool:
-    """Tell whether a setting may have this value; `words` are those of cfgs/allowed.yaml."""
-    match words.split():
-        case [*others, 'or', 'null']:
-            return value is None or allows(' '.join(others), value)
-        case ['true', 'or', 'false']:
-            return isinstance(value, bool)
-        case ['one', 'of', *names]:
-            return value in ' '.join(names).split(', ')
-        case ['a', 'name' | 'path']:
-            return isinstance(value, str) and value != ''
-        case ['a', 'multiple', 'of', step]:
-            return type(value) is int and value > 0 and value % int(step) == 0
-        case ['a', 'whole', 'number', *limits]:
-            return type(value) is int and _within(limits, value)
-        case ['a', 'number', *limits, 'or', 'linear(start,end,duration)']:
-            try:
-                ends = [utils.schedule(value, step) for step in (0, sys.maxsize)]
-            except UserError:
-                return False
-            return not isinstance(value, bool) and all(_within(limits, end) for end in ends)
-        case ['a', 'number', *limits]:
-            return type(value) in (int, float) and _within(limits, value)
-        case ['a', 'list', 'of', *count, 'whole', 'numbers', 'from', least]:
-            return (isinstance(value, list) and count in ([], [str(len(value))])
-                    and all(allows(f'a whole number from {least}', item) for item in value))
-        case ['a', 'range', 'within', low, high]:
-            limits = ['from', low.strip('[,'), 'to', high.strip(']')]
-            return (isinstance(value, list) and len(value) == 2
-                    and all(type(end) in (int, float) and _within(limits, end) for end in value)
-                    and value[0] <= value[1])
-    raise ValueError(words)
-
-
-def _within(limits: list[str], value: float) -> bool:
-    """Tell whether a value is finite and within limits such as ['from', '0', 'to', '1']."""
-    ends = dict(zip(limits[::2], map(float, limits[1::2]), strict=True))
-    return (math.isfinite(value) and value > ends.get('above', -math.inf)
-            and ends.get('from', -math.inf) <= value <= ends.get('to', math.inf))
+def sentence(error: dict, values: dict, fields: dict[str, FieldInfo]) -> str:
+    """Return which setting is wrong, what it may be, and what to set it to."""
+    places = ['.'.join(map(str, error['loc'][:end])) for end in range(len(error['loc']), 0, -1)]
+    key = next((place for place in places if place in fields), places[0])
+    if error['type'] == 'extra_forbidden':
+        return f'there is no option {key}; {nearest(key, fields)}'
+    if key not in fields:
+        parts = ', '.join(name for name in fields if name.startswith(f'{key}.'))
+        return f'{key} is a section of options: set one of {parts}.'
+    words, [example] = fields[key].title, fields[key].examples
+    if error['type'] == 'missing':
+        return f'{key} is missing and must be {words}: set {key}={typed(example)}.'
+    value = functools.reduce(operator.getitem, key.split('.'), values)
+    if error['type'] == 'int_type' and isinstance(value, float) and value.is_integer():
+        example = int(value)  # 1e6 was meant as a whole number
+    return f'{key}={typed(value)} must be {words}: set {key}={typed(example)}.'
 
 
 def typed(value: Any) -> str:
     """Return a value as it is typed on the command line, e.g. 'null'."""
     return str(value) if isinstance(value, str | float) else json.dumps(value)
 
-# ------------------------------------------------------------------------------------------- --help
 
-def help_text(cfg, config_name: str, tasks: list[str]) -> str:
-    """Return what --help prints: what heads the script's file in cfgs/, the options that have a
-    comment there, then the others."""
-    files = [CFGS / f'{config_name}.yaml', *CFGS.glob(f"*/{cfg.get('recipe')}.yaml"),
-             *CFGS.glob(f"*/{cfg.get('obs')}.yaml"), CFGS / 'loop.yaml', CFGS / 'base.yaml']
-    head = itertools.takewhile(lambda line: line.startswith('#'), files[0].read_text().splitlines())
+def nearest(name: str, names: Collection[str]) -> str:
+    """Return how an error ends: 'the nearest are lr, code.lr; --help lists them all.'"""
+    near = difflib.get_close_matches(name, names, cutoff=0.5) or (names if len(names) < 4 else ())
+    return (f"the nearest are {', '.join(near)}; " if near else '') + '--help lists them all.'
+
+
+def help_text(cfg, script: str, tasks: Collection[str]) -> str:
+    """Return what --help prints: what heads the script's file in cfgs/, the options, the tasks."""
+    head = itertools.takewhile(lambda line: line.startswith('#'),
+                               (CFGS / f'{script}.yaml').read_text().splitlines())
     values = utils.flat(OmegaConf.to_container(cfg, resolve=True))
-    said = {}
-    for file in files:
-        for key, comment in comments(file).items():
-            if key in values:
-                said.setdefault(key, comment)
-    def fill(text: str, indent: int) -> str:
-        return textwrap.fill(text, 100, subsequent_indent=' ' * indent, break_long_words=False,
+    fill = functools.partial(textwrap.fill, width=100, break_long_words=False,
                              break_on_hyphens=False)
-    lines = [fill(f"  {f'{key}={typed(values[key])}':38} {comment}", 41)
-             for key, comment in said.items()]
-    others = [f'{key}={typed(value)}'.replace(' ', '') for key, value in values.items()
-              if key not in said and key != 'task_name'
-              and not key.startswith('drqv2.')]  # of task files
-    return '\n'.join([*(line.removeprefix('#').removeprefix(' ') for line in head), '',
-                      'Options, with their values here:',
-                      *lines, '', 'Others:', fill('  ' + '  '.join(others), 2), '',
-                      'Tasks:', fill('  ' + ' '.join(tasks), 2)])
-
-
-def comments(file: Path) -> dict[str, str]:
-    """Return what a YAML file says behind its keys, e.g. {'code.window': 'successive frames'}."""
-    said, parents = {}, []
-    for line in file.read_text().splitlines():
-        if match := re.match(r'( *)(- )?(\w+):[^#]*(?:# (.*))?$', line):
-            indent, item, key, comment = match.groups()
-            parents = [key] if item else [*parents[:len(indent) // 2], key]
-            if comment:
-                said['.'.join(parents)] = comment
-    return said
+    options = []
+    for key, field in fields_of(model_of(script, cfg.get('recipe'))).items():
+        if key in values and key != 'task_name':
+            said = '; '.join(filter(None, (field.description, field.title)))
+            options.append(fill(f"  {f'{key}={typed(values[key])}':38} {said}",
+                                subsequent_indent=' ' * 41))
+    return '\n'.join([*(line[2:] for line in head), '', 'Options, with their values here:',
+                      *options, '', 'Tasks:',
+                      fill('  ' + ' '.join(sorted(tasks)), subsequent_indent='  ')])

@@ -6,7 +6,7 @@ resume. The imitator (train_ac.py) runs in it as well.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
+if __name__ == '__main__':  # imports take seconds; command_line.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+import command_line
 import dmc
 import settings
 import snapshots
@@ -30,6 +31,8 @@ from utils import UserError
 from video import VideoRecorder
 
 TRAIN, EVAL = 0, 1  # streams of episode seeds
+# Of `DrQV2Agent`, as published: in every snapshot, but no settings.
+FIXED = {'critic_target_tau': 0.01, 'stddev_clip': 0.3, 'update_every_steps': 2}
 LONGEST_EPISODE = dmc.MAX_EPISODE_STEPS + 1  # rows in the ring
 
 
@@ -315,20 +318,20 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     if cfg.obs == 'pixels' or cfg.save_video:
         train_env.camera(16)  # where no OpenGL works, say so now
     return Workspace(cfg, work_dir, 'expert', train_env, eval_env, DrQV2Agent,
-                     agent_args(cfg, DrQV2Agent, train_env),
+                     agent_args(cfg, DrQV2Agent, train_env) | FIXED,
                      Loop(**{name: cfg[name] for name in Loop._fields}),
                      {'env_args': env_args(cfg), 'quality': dmc.QUALITY},
                      snapshots.load_last(work_dir, 'expert', cfg.task_name))
 
 
-@settings.main('train', dmc.task_names(), check_settings)
+@command_line.main('train', dmc.task_names(), check_settings)
 def main(cfg):
     with snapshots.only_one_at_work(utils.work_dir()):
         workspace = make_workspace(cfg, utils.work_dir())
         workspace.train()
     print(f'snapshot: {workspace.snapshot_path}\n'
           f'next: python generate_expert_video.py task={cfg.task_name} '
-          f"{utils.typed_path('snapshot', workspace.snapshot_path)}")
+          f"{utils.typed_path('expert', workspace.snapshot_path)}")
 
 
 if __name__ == '__main__':

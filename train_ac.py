@@ -6,7 +6,7 @@ how, stands in ac_agent.py; what the agent sees, in imitation.py.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
+if __name__ == '__main__':  # imports take seconds; command_line.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 
+import command_line
 import dmc
 import imitation
 import settings
@@ -135,7 +136,8 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
     check_settings(cfg)
     utils.set_precision(cfg.precision)
     device = utils.pick_device(cfg.device)
-    model, scores = load_translator(cfg.snapshot, cfg.task_name, cfg.recipe, device, cfg.precision)
+    model, scores = load_translator(cfg.translator, cfg.task_name, cfg.recipe, device,
+                                    cfg.precision)
     if model.code:
         print(judge_translator(scores))
     splits = open_videos(cfg, model.im_size)
@@ -149,7 +151,7 @@ def make_workspace(cfg, work_dir: Path) -> Workspace:
         scale = last and last['made_by'].get('scale')
     demos = Demonstrations(model, splits['train'], scale)
     eval_demos = Demonstrations(model, splits['valid'], demos.scale)
-    made_by = {'translator_sha256': snapshots.sha256(cfg.snapshot), 'recipe': cfg.recipe,
+    made_by = {'translator_sha256': snapshots.sha256(cfg.translator), 'recipe': cfg.recipe,
                'expert_sha256': splits['train'].meta['expert_sha256'], 'num_demos': len(demos),
                'num_play': len(splits.get('play', ())), 'scale': demos.scale}
     if splits['train'].imported:
@@ -185,7 +187,7 @@ def pretrain(workspace: Workspace):
     progress.close()
 
 
-@settings.main('train_ac', dmc.task_names(), check_settings)
+@command_line.main('train_ac', dmc.task_names(), check_settings)
 def main(cfg):
     with snapshots.only_one_at_work(utils.work_dir()):
         workspace = make_workspace(cfg, utils.work_dir())

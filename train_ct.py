@@ -9,7 +9,7 @@ held-out contexts, with its code.
 import gc
 import signal
 
-if __name__ == '__main__':  # the imports below take seconds; settings.main turns both on again
+if __name__ == '__main__':  # imports take seconds; command_line.main turns both on again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     gc.disable()
 
@@ -22,15 +22,21 @@ import torch
 import torch.nn as nn
 from omegaconf import OmegaConf
 
+import command_line
 import dmc
 import settings
 import snapshots
 import utils
 import video
-from ct_model import ContextTranslator, Dynamics
+from ct_model import ContextTranslator
 from logger import Logger
 from probe import Evaluator, measure_code
 from utils import UserError
+
+LOG_EVERY = 50                           # steps
+NUM_EVAL_CLIPS, NUM_EVAL_VIDEOS = 16, 4  # held-out episodes that are measured, and filmed
+MAX_GRAD_NORM = 1.0
+WINDOW, NUM_WINDOWS = 8, 64              # frames in a window of the pose code, windows in a batch
 
 
 def check_settings(cfg):
@@ -45,43 +51,28 @@ def check_settings(cfg):
 class PairSampler:
     """Draws source and target clips from a dataset; all its randomness is in `rng`."""
 
-    def __init__(self, clips: video.Clips, pairs: str, frames_per_clip: int,
-                 augment_mirror: bool, augment_colours: bool, seed: int):
-        """Check that the dataset can give pairs of the kind `pairs`; else raise UserError."""
+    def __init__(self, clips: video.Clips, frames_per_clip: int, augment_mirror: bool, seed: int):
+        """Refuse a dataset that has no such pairs (UserError)."""
         num_contexts, num_frames = clips.meta['num_contexts'], clips.meta['episode_len'] + 1
-        film = f"python generate_expert_video.py task={clips.meta['task']} "
-        more_contexts, more = film + 'num_contexts=4', film + f"num_{clips.meta['split']}=100"
-        if clips.imported:
-            more_contexts = film + 'from_mp4=<folder of several contexts>'
-            more = f'remove it and {film}from_mp4=<folder of more videos>'
-        if pairs == 'same_episode' and num_contexts < 2:
-            raise UserError(f'{clips.root} shows each episode in one context, and '
-                            'pairs=same_episode takes two: set pairs=random, or remove it and '
-                            f'{more_contexts}.')
-        if pairs == 'random' and len(clips) < 2:
-            raise UserError(f'{clips.root} holds one episode, and pairs=random takes two: '
-                            f'{more}.')
+        if num_contexts < 2:
+            option = 'from_mp4=<folder of several contexts>' if clips.imported else 'num_contexts=4'
+            raise UserError(f'{clips.root} shows each episode in one context, and a pair takes '
+                            'two: remove it and python generate_expert_video.py '
+                            f"task={clips.meta['task']} {option}.")
         if frames_per_clip > num_frames:
             raise UserError(f'{clips.root} holds clips of {num_frames} frames: set '
                             f'frames_per_clip={num_frames} or less.')
-        self._clips, self._pairs = clips, pairs
-        self._augment_mirror, self._augment_colours = augment_mirror, augment_colours
+        self._clips, self._augment_mirror = clips, augment_mirror
         self._num_contexts, self._num_frames, self._probs = num_contexts, num_frames, {}
         self._frames_per_clip, self.rng = frames_per_clip, np.random.default_rng(seed)
 
-    def draw(self) -> tuple[int, int, int, int, np.ndarray]:
-        """Return source episode and context, target episode and context, frame numbers, sorted."""
-        rng = self.rng
-        if self._pairs == 'same_episode':
-            episode = int(rng.integers(len(self._clips)))
-            episodes = episode, episode
-            contexts = rng.choice(self._num_contexts, 2, replace=False)
-        else:
-            episodes = rng.choice(len(self._clips), 2, replace=False)
-            contexts = rng.integers(self._num_contexts, size=2)
-        frames = np.sort(rng.choice(self._num_frames, self._frames_per_clip, replace=False,
-                                    p=self._frame_probs(int(episodes[0]))))
-        return episodes[0], contexts[0], episodes[1], contexts[1], frames
+    def draw(self) -> tuple[int, int, int, np.ndarray]:
+        """Return episode, context of the source, context of the target, frame numbers, sorted."""
+        episode = int(self.rng.integers(len(self._clips)))
+        source, target = self.rng.choice(self._num_contexts, 2, replace=False)
+        frames = np.sort(self.rng.choice(self._num_frames, self._frames_per_clip, replace=False,
+                                         p=self._frame_probs(episode)))
+        return episode, source, target, frames
 
     def _frame_probs(self, i: int) -> np.ndarray:
         """Return the probability of drawing each frame of episode i: float64 (T+1,).
@@ -100,22 +91,15 @@ class PairSampler:
         (N, H, W, 3)."""
         batch = [], [], []
         for _ in range(batch_size):
-            i, source_context, j, target_context, frames = self.draw()
-            target = self._clips.frames(j)[target_context]
+            i, source_context, target_context, frames = self.draw()
+            target = self._clips.frames(i)[target_context]
             clip = np.concatenate([target[:1], target[frames]])
             source = self._clips.frames(i)[source_context][frames]
             if self._augment_mirror and self.rng.integers(2):
                 source, clip = source[:, :, ::-1], clip[:, :, ::-1]
-            if self._augment_colours:
-                source, clip = self._recolour(source), self._recolour(clip)
             for part, values in zip(batch, (source, clip[1:], clip[0]), strict=True):
                 part.append(values)
         return [torch.from_numpy(np.stack(part)) for part in batch]
-
-    def _recolour(self, frames: np.ndarray) -> np.ndarray:
-        """Colour channels in another order, each perhaps inverted, alike in the whole clip."""
-        flip = 255 * self.rng.integers(2, size=3).astype(np.uint8)
-        return frames[..., self.rng.permutation(3)] ^ flip
 
 
 class FeatureWindows:
@@ -124,9 +108,8 @@ class FeatureWindows:
     Every frame of the train and play splits is encoded once.
     """
 
-    def __init__(self, model: ContextTranslator, splits: dict[str, video.Clips], window: int,
-                 autocast):
-        self._window, self._features = window, {}
+    def __init__(self, model: ContextTranslator, splits: dict[str, video.Clips], autocast):
+        self._features = {}
         device = next(model.parameters()).device
         for name in ('train', 'play'):
             z, z2 = [], []
@@ -154,8 +137,8 @@ class FeatureWindows:
             source = torch.randint(num_contexts, (n,), device=z.device)
             target = torch.randint(1, num_contexts, (n,), device=z.device) + source
             target %= num_contexts
-            start = torch.randint(num_frames - self._window + 1, (n, 1), device=z.device)
-            steps = start + torch.arange(self._window, device=z.device)
+            start = torch.randint(num_frames - WINDOW + 1, (n, 1), device=z.device)
+            steps = start + torch.arange(WINDOW, device=z.device)
             parts.append((z[i[:, None], source[:, None], steps],
                           z[i[:, None], target[:, None], steps], z2[i, target]))
             if name == 'play':
@@ -163,14 +146,14 @@ class FeatureWindows:
         return [torch.cat(part) for part in zip(*parts, strict=True)] + [actions]
 
 
-def update(loss: torch.Tensor, module: nn.Module, optimizer, lr: float, max_grad_norm: float):
+def update(loss: torch.Tensor, module: nn.Module, optimizer, lr: float):
     """Take one step of Adam, its gradient's norm clipped."""
     for group in optimizer.param_groups:
         group['lr'] = lr
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     # Batches differ: without this, one that is far off can undo all before it.
-    nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+    nn.utils.clip_grad_norm_(module.parameters(), MAX_GRAD_NORM)
     optimizer.step()
 
 
@@ -204,10 +187,10 @@ def open_splits(cfg) -> dict[str, video.Clips]:
                         f'python generate_expert_video.py task={cfg.task_name} num_contexts=4 '
                         'out_dir=<another folder>, or set recipe=liu2017.')
     num_frames = clips['train'].meta['episode_len'] + 1
-    if cfg.model.code_dim and cfg.code.window > num_frames:
-        raise UserError(f'{root} holds clips of {num_frames} frames, fewer than code.window='
-                        f'{cfg.code.window}: set it lower, but above {Dynamics.HISTORY}, or film '
-                        'longer episodes.')
+    if cfg.model.code_dim and num_frames < WINDOW:
+        raise UserError(f'{root} holds clips of {num_frames} frames, and a pose code takes '
+                        f'{WINDOW}: python generate_expert_video.py task={cfg.task_name} '
+                        f'episode_len={WINDOW - 1} out_dir=<another folder>, or more.')
     return clips
 
 
@@ -226,8 +209,8 @@ class Run:
         clips = splits['train']
         self.num_pairs = {'play': round(cfg.play_share * cfg.batch_size)}
         self.num_pairs['train'] = cfg.batch_size - self.num_pairs['play']
-        self.samplers = {name: PairSampler(splits[name], cfg.pairs, cfg.frames_per_clip,
-                                           cfg.augment_mirror, cfg.augment_colours, cfg.seed)
+        self.samplers = {name: PairSampler(splits[name], cfg.frames_per_clip, cfg.augment_mirror,
+                                           cfg.seed)
                          for name in ('train', 'play') if self.num_pairs[name]}
         utils.prepare_cpu()
         utils.set_seed_everywhere(cfg.seed)
@@ -235,8 +218,7 @@ class Run:
         if cfg.model.code_dim:
             model_args['action_dim'] = len(splits['play'].episode(0)['actions'][0])
         self.model = model = ContextTranslator(**model_args).to(self.device)
-        self.evaluator = Evaluator(splits['valid'], clips, cfg.pairs, cfg.num_eval_clips,
-                                   self.device)
+        self.evaluator = Evaluator(splits['valid'], clips, NUM_EVAL_CLIPS, self.device)
         self.optimizers = {'translator': torch.optim.Adam(model.image_parameters(), fused=True)}
         self.num_steps = cfg.num_train_steps
         if model.code:
@@ -245,15 +227,16 @@ class Run:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16,
                                        enabled=cfg.precision == 'bf16')
         made_by = {'weights': OmegaConf.to_container(cfg.weights),
-                   'code': OmegaConf.to_container(cfg.code) if model.code else None,
+                   'code': OmegaConf.to_container(cfg.code) | {
+                       'window': WINDOW, 'batch_size': NUM_WINDOWS} if model.code else None,
                    'expert_sha256': clips.meta['expert_sha256'],
                    'num_clips': len(clips), 'num_play': len(splits.get('play', ())),
                    'videos': clips.meta['versions'],  # the packages that drew them
                    'quality': clips.meta['quality'],
+                   'max_grad_norm': MAX_GRAD_NORM,
                    **{key: cfg[key] for key in (
-                       'seed', 'recipe', 'pairs', 'num_train_steps', 'batch_size',
-                       'frames_per_clip', 'play_share', 'augment_mirror', 'augment_colours',
-                       'precision', 'lr', 'max_grad_norm')}}
+                       'seed', 'recipe', 'num_train_steps', 'batch_size', 'frames_per_clip',
+                       'play_share', 'augment_mirror', 'precision', 'lr')}}
         self.made = {'model_args': model_args, 'made_by': made_by}
         self.path, self.best_path = work_dir / 'snapshot.pt', work_dir / 'best.pt'
         self.step, self.best, self.scores, elapsed = 0, float('inf'), {}, 0.0
@@ -289,12 +272,12 @@ class Run:
             with self.autocast:
                 loss, metrics = self.model.losses(*batch, **cfg.weights)
             update(loss, self.model, self.optimizers['translator'],
-                   utils.schedule(cfg.lr, self.step), cfg.max_grad_norm)
+                   utils.schedule(cfg.lr, self.step))
             self.end_step(metrics, cfg.num_train_steps, self.evaluate, cfg.eval_every)
 
     def evaluate(self) -> dict[str, float]:
         scores, images = self.evaluator(self.model, self.cfg.weights.foreground, self.autocast)
-        film = self.evaluator.film(images, self.cfg.num_eval_videos)
+        film = self.evaluator.film(images, NUM_EVAL_VIDEOS)
         video.save(self.work_dir / f'eval_video/{self.step}.mp4', film)
         self.logger.log_film(film, self.step)
         return scores
@@ -309,14 +292,13 @@ class Run:
             model.load_state_dict({name: value for name, value in best.items()
                                    if not name.startswith('code.')}, strict=False)
         with self.stop.at_once():
-            windows = FeatureWindows(model, self.splits, cfg.code.window, self.autocast)
+            windows = FeatureWindows(model, self.splits, self.autocast)
             if begins:
                 model.code.fit_scales(*windows.all())
         while self.step < self.num_steps:
-            loss, metrics = model.code.losses(*windows.sample(cfg.code.batch_size),
-                                              **cfg.code.weights)
+            loss, metrics = model.code.losses(*windows.sample(NUM_WINDOWS), **cfg.code.weights)
             update(loss, model.code, self.optimizers['code'],
-                   utils.schedule(cfg.code.lr, self.step - cfg.num_train_steps), cfg.max_grad_norm)
+                   utils.schedule(cfg.code.lr, self.step - cfg.num_train_steps))
             self.end_step({f'code_{name}': value for name, value in metrics.items()},
                           self.num_steps,
                           lambda: self.scores | measure_code(model, self.splits, self.autocast))
@@ -328,7 +310,7 @@ class Run:
         at_end = self.step == end
         snapshot_now = at_end or self.step % self.cfg.snapshot_every == 0 or bool(self.stop.asked)
         # with each snapshot too: means over steps before and after it would not survive a kill
-        if snapshot_now or self.step % self.cfg.log_every == 0:
+        if snapshot_now or self.step % LOG_EVERY == 0:
             self.logger.log_metrics({'total_time': self.timer.total()}, self.step)
             self.logger.dump(self.step)
         if at_end or evaluate_every and self.step % evaluate_every == 0:
@@ -371,14 +353,14 @@ def train(cfg, work_dir: Path):
     run.logger.close()
 
 
-@settings.main('train_ct', dmc.task_names(), check_settings)
+@command_line.main('train_ct', dmc.task_names(), check_settings)
 def main(cfg):
     work_dir = utils.work_dir()
     with snapshots.only_one_at_work(work_dir):
         train(cfg, work_dir)
     print(f'snapshot: {work_dir / "best.pt"}\n'
           f'next: python train_ac.py task={cfg.task_name} '
-          f"{utils.typed_path('snapshot', work_dir / 'best.pt')} "
+          f"{utils.typed_path('translator', work_dir / 'best.pt')} "
           f"{utils.typed_path('data_dir', cfg.data_dir)}"
           f"{' recipe=liu2017' if cfg.model.code_dim is None else ''}")
 

@@ -182,7 +182,7 @@ def learning(device, folder) -> Iterator[Row]:
 
 def studio_cfg(folder, **changes):
     cfg = config('generate_expert_video', f'out_dir={folder}', 'num_workers=1')
-    return OmegaConf.merge(cfg, {'snapshot': str(ROOT / cfg.snapshot), **changes})
+    return OmegaConf.merge(cfg, {'expert': str(ROOT / cfg.expert), **changes})
 
 
 def filming(device, folder) -> Iterator[Row]:
@@ -224,7 +224,7 @@ def translating(device, folder) -> Iterator[Row]:
     def step():
         with autocast:
             loss, _ = model.losses(*batch, **cfg.weights)
-        train_ct.update(loss, model, optimizer, 1e-3, cfg.max_grad_norm)
+        train_ct.update(loss, model, optimizer, 1e-3)
 
     def slow_step():
         z3, z, translations, reconstructions = plain.translate(slow, source, target, target[:, 0])
@@ -245,11 +245,11 @@ def imitating(device, folder) -> Iterator[Row]:
     and translates and decodes them all, with our networks in fp32. The update is the same."""
     generate_expert_video.generate(studio_cfg(folder / 'demos', num_train=8, num_valid=1,
                                               num_play=4, num_play_valid=0))
-    cfg = config('train_ac', f'data_dir={folder}/demos', f'snapshot={ROOT}/ct/{TASK}.pt',
+    cfg = config('train_ac', f'data_dir={folder}/demos', f'translator={ROOT}/ct/{TASK}.pt',
                  *short(device))
     workspace = train_ac.make_workspace(cfg, folder / 'imitation')
     loop = run(workspace, 200, before=200)
-    model, _ = imitation.load_translator(cfg.snapshot, TASK, cfg.recipe, torch.device('cpu'),
+    model, _ = imitation.load_translator(cfg.translator, TASK, cfg.recipe, torch.device('cpu'),
                                          'fp32')
     horizon = 50
     suite, agent = PlainPixels(model.im_size), workspace.agent

@@ -61,15 +61,15 @@ def commands(folder: Path) -> dict[str, list[str]]:
     return {
         'train': ['train.py', *RUN, 'obs=states', 'num_train_frames=8000', 'num_seed_frames=1000'],
         'generate_expert_video': [
-            'generate_expert_video.py', f'task={TASK}', f'snapshot={expert}', 'num_train=30',
+            'generate_expert_video.py', f'task={TASK}', f'expert={expert}', 'num_train=30',
             'num_valid=4', 'num_play=30', 'num_play_valid=4', 'num_contexts=2', 'episode_len=20',
             'im_size=32', 'num_workers=2'],
         'train_ct': ['train_ct.py', *SMALL, f'data_dir={videos}', 'num_train_steps=200',
                      'code.num_steps=200', 'snapshot_every=40', 'eval_every=100', 'batch_size=2',
                      'model.channels=[8,8,8,8]', 'model.hidden=32', 'model.z_dim=16',
-                     'model.code_dim=4', 'code.batch_size=8'],
+                     'model.code_dim=4'],
         'train_ac': ['train_ac.py', *RUN, f'data_dir={videos}', 'num_train_frames=4000',
-                     f'snapshot={folder}/train_ct/best.pt', 'num_pretrain_updates=20',
+                     f'translator={folder}/train_ct/best.pt', 'num_pretrain_updates=20',
                      'num_eval_demos=4']}
 
 

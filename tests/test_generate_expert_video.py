@@ -71,7 +71,7 @@ def snapshot(tmp_path_factory):
 def dataset(snapshot, tmp_path_factory):
     """Made by two workers; what tests compare with it is made by one."""
     out_dir = tmp_path_factory.mktemp('videos')
-    script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_workers=2'))
+    script.generate(config(f'expert={snapshot}', f'out_dir={out_dir}', 'num_workers=2'))
     return out_dir
 
 
@@ -130,7 +130,7 @@ def test_an_episode_can_be_entered_again(dataset, snapshot, split):
 
 def test_without_play_there_is_no_folder_of_it(dataset, snapshot, tmp_path):
     """And one worker makes the same demonstrations as two."""
-    script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}', 'num_workers=1',
+    script.generate(config(f'expert={snapshot}', f'out_dir={tmp_path}', 'num_workers=1',
                            'num_play=0', 'num_play_valid=0'))
     assert sorted(path.name for path in tmp_path.iterdir()) == ['train', 'valid']
     assert contents(tmp_path) == {name: data for name, data in contents(dataset).items()
@@ -142,7 +142,7 @@ def player(dataset, tmp_path_factory):
     """Options that have an imitator play, one that has not trained yet."""
     run = tmp_path_factory.mktemp('ac_local')
     save_translator(run / 'ct.pt', 'reacher_easy', im_size=32)
-    cfg = settings('train_ac', 'task=reacher_easy', f'snapshot={run}/ct.pt', 'device=cpu',
+    cfg = settings('train_ac', 'task=reacher_easy', f'translator={run}/ct.pt', 'device=cpu',
                    f'data_dir={dataset}', 'hidden_dim=16', 'use_tb=false')
     train_ac.make_workspace(cfg, run).save_snapshot()
     return [f'player={run}/snapshot.pt', f'translator={run}/ct.pt']
@@ -153,7 +153,7 @@ def test_an_imitator_goes_on_with_play_from_demonstrated_starts(dataset, snapsho
     for num_workers in (1, 2):
         out_dir = tmp_path / str(num_workers)
         shutil.copytree(dataset, out_dir)
-        script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_play=3', *player,
+        script.generate(config(f'expert={snapshot}', f'out_dir={out_dir}', 'num_play=3', *player,
                                'num_play_valid=2', f'num_workers={num_workers}'))
     assert contents(tmp_path / '1') == contents(tmp_path / '2')
     before, after = contents(dataset), contents(out_dir)
@@ -179,13 +179,13 @@ def test_an_imitator_goes_on_with_play_from_demonstrated_starts(dataset, snapsho
 def test_a_player_takes_demonstrations_and_may_have_nothing_to_do(dataset, snapshot, player,
                                                                   tmp_path):
     with pytest.raises(utils.UserError, match='train lacks episodes.*without player'):
-        script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}', *player))
+        script.generate(config(f'expert={snapshot}', f'out_dir={tmp_path}', *player))
     assert not any(tmp_path.iterdir())
     before = {path: path.read_bytes() for path in dataset.rglob('episode_*')}
-    script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', *player))
+    script.generate(config(f'expert={snapshot}', f'out_dir={dataset}', *player))
     assert before == {path: path.read_bytes() for path in dataset.rglob('episode_*')}
     with pytest.raises(utils.UserError, match='train lacks episodes'):  # those ordered now
-        script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=9',
+        script.generate(config(f'expert={snapshot}', f'out_dir={dataset}', 'num_train=9',
                                'num_play=3', *player))
 
 
@@ -194,7 +194,7 @@ def test_a_player_goes_with_its_translator_and_action_repeat(dataset, snapshot, 
     other = tmp_path / 'other.pt'
     made = torch.load(player[1].removeprefix('translator='), weights_only=True)
     torch.save(made | {'command': 'another'}, other)
-    options = [f'snapshot={snapshot}', f'out_dir={tmp_path}', 'num_play=3', *player]
+    options = [f'expert={snapshot}', f'out_dir={tmp_path}', 'num_play=3', *player]
     with pytest.raises(utils.UserError, match='was trained with another translator than .*other'):
         script.generate(config(*options, f'translator={other}'))
     edit(tmp_path / 'train/meta.json', action_repeat=3)
@@ -228,7 +228,7 @@ def test_goes_on_where_it_stopped_and_play_can_follow(dataset, snapshot, tmp_pat
         (play / f'episode_{i:05d}.json').unlink()
         (play / f'episode_{i:05d}.npy').unlink()
     shutil.rmtree(out_dir / 'play_valid')  # was not asked for
-    script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', 'num_workers=1'))
+    script.generate(config(f'expert={snapshot}', f'out_dir={out_dir}', 'num_workers=1'))
     assert contents(out_dir) == contents(dataset)
     now = (train / 'episode_00000.npy').stat()
     assert (now.st_mtime_ns, now.st_ino) == (kept.st_mtime_ns, kept.st_ino)
@@ -236,7 +236,7 @@ def test_goes_on_where_it_stopped_and_play_can_follow(dataset, snapshot, tmp_pat
 
 def test_a_whole_dataset_is_left_alone(dataset, snapshot):
     before = contents(dataset)
-    script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=1',
+    script.generate(config(f'expert={snapshot}', f'out_dir={dataset}', 'num_train=1',
                            'num_play=1', 'num_play_valid=0'))
     assert contents(dataset) == before
 
@@ -287,7 +287,7 @@ def test_play_is_smooth_and_differs_by_episode():
 def test_other_settings_in_the_same_folder(dataset, snapshot, override, sentence):
     before = contents(dataset)
     with pytest.raises(utils.UserError, match=sentence):
-        script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', override))
+        script.generate(config(f'expert={snapshot}', f'out_dir={dataset}', override))
     assert contents(dataset) == before
 
 
@@ -295,11 +295,11 @@ def test_episodes_without_their_settings(dataset, snapshot, tmp_path):
     shutil.copytree(dataset / 'valid', tmp_path / 'valid')
     (tmp_path / 'valid' / 'meta.json').unlink()
     with pytest.raises(utils.UserError, match='meta.json is damaged or missing: delete .*valid'):
-        script.generate(config(f'snapshot={snapshot}', f'out_dir={tmp_path}'))
+        script.generate(config(f'expert={snapshot}', f'out_dir={tmp_path}'))
 
 
 @pytest.mark.parametrize('override, sentence', [
-    ('snapshot=none.pt', 'no expert at none.pt: python train.py task=reacher_easy'),
+    ('expert=none.pt', 'no expert at none.pt: python train.py task=reacher_easy'),
     ('task=reacher_hard', 'for task reacher_easy, not reacher_hard'),
     ('num_train=0', 'num_train=0'), ('episode_len=501', 'set episode_len=500 or less'),
     ('action_repeat=4', 'goes with from_mp4'),
@@ -307,7 +307,7 @@ def test_episodes_without_their_settings(dataset, snapshot, tmp_path):
 def test_bad_settings_write_nothing(snapshot, tmp_path, override, sentence):
     out_dir = tmp_path / 'videos'
     with pytest.raises(utils.UserError, match=sentence):
-        script.generate(config(f'snapshot={snapshot}', f'out_dir={out_dir}', override))
+        script.generate(config(f'expert={snapshot}', f'out_dir={out_dir}', override))
     assert not out_dir.exists()
 
 
@@ -328,7 +328,7 @@ def mp4s(dataset, tmp_path_factory):
 def imported(mp4s, tmp_path_factory):
     """Neither an expert nor a translator is needed."""
     out_dir = tmp_path_factory.mktemp('videos')
-    script.generate(config(f'from_mp4={mp4s}', f'out_dir={out_dir}', 'snapshot=none.pt',
+    script.generate(config(f'from_mp4={mp4s}', f'out_dir={out_dir}', 'expert=none.pt',
                            'translator=none.pt', 'num_workers=1'))
     return out_dir
 
@@ -391,7 +391,7 @@ def test_videos_that_do_not_do_are_named_before_any_work(mp4s, tmp_path, damage,
 @pytest.mark.parametrize('overrides, words', [
     ([], 'train_ct.py task=reacher_easy data_dir=here'), (['num_play=0'], 'recipe=liu2017'),
     (['from_mp4=x', 'translator=y.pt'],
-     'train_ac.py task=reacher_easy data_dir=here snapshot=y.pt')])
+     'train_ac.py task=reacher_easy data_dir=here translator=y.pt')])
 def test_what_comes_next(overrides, words):
     assert words in script.next_command(config('out_dir=here', *overrides))
 
@@ -417,7 +417,7 @@ def descendants(pid):
 @pytest.mark.parametrize('sig, num_workers', [(signal.SIGINT, 2), (signal.SIGKILL, 1)])
 def test_interrupted(snapshot, tmp_path, sig, num_workers):
     process = start('generate_expert_video', *SIZES, 'num_train=400', f'num_workers={num_workers}',
-                    f'snapshot={snapshot}', f'out_dir={tmp_path / "videos"}', cwd=tmp_path,
+                    f'expert={snapshot}', f'out_dir={tmp_path / "videos"}', cwd=tmp_path,
                     start_new_session=True)
     wait_until(lambda: process.poll() is not None or list(tmp_path.rglob('episode_*.json')))
     assert process.poll() is None, process.stderr.read()
@@ -450,7 +450,7 @@ def test_interrupted(snapshot, tmp_path, sig, num_workers):
 def test_two_generations_do_not_share_a_folder(dataset, snapshot):
     with (snapshots.only_one_at_work(dataset),
           pytest.raises(utils.UserError, match='another process')):
-        script.generate(config(f'snapshot={snapshot}', f'out_dir={dataset}', 'num_train=3'))
+        script.generate(config(f'expert={snapshot}', f'out_dir={dataset}', 'num_train=3'))
     assert len(video.episode_numbers(dataset / 'train')) == 2
 
 

@@ -17,8 +17,7 @@ def data(tmp_path_factory):
 def test_evaluation(data):
     """A model that knows the answer; one that copies; what a shuffled source brings."""
     clips = video.Clips(data / 'valid')
-    evaluator = Evaluator(clips, video.Clips(data / 'train'), 'same_episode', 3,
-                                   torch.device('cpu'))
+    evaluator = Evaluator(clips, video.Clips(data / 'train'), 3, torch.device('cpu'))
 
     class Oracle:
         """Features are the pixels of the episode's first filmed context."""

@@ -18,7 +18,7 @@ num_play: 200
 w_value: 0.0
 lookahead: [1, 2]
 recipe: pose_code
-snapshot: ct/none.pt
+translator: ct/none.pt
 """
 SCORES = {'agreement': 0.006, 'agreement_play': 0.008, 'rank': 0.48, 'rank_play': 0.43,
           'probe': 0.03, 'probe_play': 0.04, 'probe_gross': 0.001, 'probe_gross_play': 0.01,
@@ -157,8 +157,8 @@ def test_the_translators_scores_are_shown_where_it_is_still_the_same(run, tmp_pa
     snapshots.save_snapshot(tmp_path / 'ct/mine.pt', 'translator', 'reacher_hard',
                             {'made_by': {}, 'scores': SCORES})
     same = write_run(tmp_path / 'b', sha256=snapshots.sha256(tmp_path / 'ct/mine.pt'),
-                     snapshot='ct/mine.pt')
-    other = write_run(tmp_path / 'c', snapshot='ct/mine.pt')
+                     translator='ct/mine.pt')
+    other = write_run(tmp_path / 'c', translator='ct/mine.pt')
     lines = report.translators(read(same, run)).splitlines()[2:]
     assert '30.0 dB (20.0) | 0.006 / 0.008 | 0.48 / 0.43 | 0.03 / 0.04 | 0.1% / 1.0% | ' \
            '0.08 (0.63) |' in lines[0]

@@ -15,6 +15,7 @@ from fakes import (
     differences,
     learned_alike,
     rows,
+    settings,
     start,
     terminate,
     wait_until,
@@ -245,18 +246,17 @@ def test_other_sizes_are_refused_on_resume(tmp_path):
 @pytest.mark.parametrize('key', ['num_train_frames', 'batch_size', 'nstep', 'num_eval_episodes'])
 def test_budgets_below_one_are_refused(key):
     with pytest.raises(UserError, match=f'{key}=0'):
-        train.check_settings(OmegaConf.merge(CFG, LOOP._asdict(), {key: 0}))
+        train.check_settings(settings('train', **{key: 0}))
 
 
 def test_actions_that_last_no_frame_are_refused(tmp_path):
     with pytest.raises(UserError, match='action_repeat=0'):
-        train.make_workspace(OmegaConf.merge(CFG, LOOP._asdict(), {'action_repeat': 0}), tmp_path)
+        train.make_workspace(settings('train', action_repeat=0), tmp_path)
 
 
 def test_less_than_one_step_is_refused(tmp_path):
     with pytest.raises(UserError, match='num_train_frames=1 is not even one step of 2 frames'):
-        train.make_workspace(OmegaConf.merge(CFG, LOOP._asdict(), {'num_train_frames': 1}),
-                             tmp_path)
+        train.make_workspace(settings('train', num_train_frames=1), tmp_path)
 
 
 def test_a_script_says_how_an_interrupted_run_goes_on(tmp_path):
@@ -299,5 +299,5 @@ def test_kill_9_in_the_middle_then_resume_on_a_real_task(tmp_path):
     assert learned_alike(tmp_path / 'whole', tmp_path / 'killed', 'expert')
     path = tmp_path / 'whole/snapshot.pt'
     assert snapshots.load_snapshot(path, 'expert')['command'] == ' '.join(['train.py', *options])
-    assert f'next: python generate_expert_video.py task=reacher_easy snapshot={path}\n' in out
+    assert f'next: python generate_expert_video.py task=reacher_easy expert={path}\n' in out
     load_expert(path, 'reacher_easy')

@@ -104,7 +104,7 @@ def make_cfg(folder, data_dir, recipe, changes):
         'log_every_frames=8', 'snapshot_every_frames=48', 'hidden_dim=16',
         *({'liu2017': ['liu2017.num_seed_frames=20', 'liu2017.stddev_schedule=1.0'],
            'pose_code': ['num_pretrain_updates=5']}[recipe]),
-        snapshot=f'{folder}/ct.pt', data_dir=str(data_dir))
+        translator=f'{folder}/ct.pt', data_dir=str(data_dir))
     cfg.merge_with(changes)
     return cfg
 
@@ -137,7 +137,7 @@ def whole(trained, recipe, changes):
 
 
 def load_translator(cfg):
-    return imitation.load_translator(cfg.snapshot, cfg.task_name, cfg.recipe, torch.device('cpu'),
+    return imitation.load_translator(cfg.translator, cfg.task_name, cfg.recipe, torch.device('cpu'),
                                      cfg.precision)
 
 
@@ -324,7 +324,7 @@ def test_the_demo_says_how_each_episode_went(cfg, tmp_path, monkeypatch):
 def test_evaluate_repeats_a_runs_own_evaluation_and_films_it(cfg, tmp_path):
     workspace = make(cfg, tmp_path / 'run')
     run(workspace)
-    args = judge_args(seed=cfg.seed, translator=cfg.snapshot, videos=f'{cfg.data_dir}/valid',
+    args = judge_args(seed=cfg.seed, translator=cfg.translator, videos=f'{cfg.data_dir}/valid',
                       show=1, out=tmp_path / 'x.gif')
     line, film = evaluate.judge(tmp_path / 'run', args).splitlines()
     result = workspace.last_eval
@@ -358,7 +358,7 @@ def test_the_agent_starts_where_the_filmed_episode_started(cfg, tmp_path):
 
 def test_made_by_says_what_it_was_made_of(cfg, tmp_path):
     made_by = make(cfg, tmp_path / 'run').made_by
-    assert made_by['translator_sha256'] == snapshots.sha256(cfg.snapshot)
+    assert made_by['translator_sha256'] == snapshots.sha256(cfg.translator)
     assert (made_by['recipe'], made_by['num_demos'], made_by['num_play']) == ('pose_code', 2, 2)
     cfg.merge_with({'num_demos': 1, 'num_play': 1})
     made_by = make(cfg, tmp_path / 'other').made_by
@@ -374,7 +374,7 @@ def test_an_imitator_of_an_earlier_version_is_refused_in_a_sentence(cfg, tmp_pat
     older['made_by'] |= {'timing': 'clock'}
     torch.save(older, path)
     for use, words in (
-            (lambda: load_imitator(path, cfg.snapshot, f'{cfg.data_dir}/valid', 'reacher_hard'),
+            (lambda: load_imitator(path, cfg.translator, f'{cfg.data_dir}/valid', 'reacher_hard'),
              f'{path} is of an earlier version, .*: python train_ac.py task=reacher_hard'),
             (lambda: make(cfg, tmp_path),
              f'the run in {tmp_path} is of an earlier version, .*: start a new run')):
@@ -429,7 +429,7 @@ def test_evaluate_tells_how_near_own_videos_it_stays(imported, tmp_path):
     workspace = make(imported, tmp_path / 'run')
     workspace.eval()
     workspace.save_snapshot()
-    args = judge_args(seed=imported.seed, translator=imported.snapshot, show=1,
+    args = judge_args(seed=imported.seed, translator=imported.translator, show=1,
                       videos=f'{imported.data_dir}/valid', out=tmp_path / 'x.gif')
     line, _ = evaluate.judge(tmp_path / 'run', args).splitlines()
     distance, other = (workspace.last_eval[name] for name in ('distance', 'distance_other'))
@@ -488,7 +488,7 @@ def test_a_missing_translator_is_told_with_the_command(cfg, tmp_path):
 
 @pytest.mark.parametrize('recipe, other', [RECIPES, RECIPES[::-1]])
 def test_a_translator_of_the_other_recipe_is_refused(cfg, tmp_path, recipe, other):
-    save_translator(cfg.snapshot, code=other == 'pose_code')
+    save_translator(cfg.translator, code=other == 'pose_code')
     refused(cfg, tmp_path, f'pose code: set recipe={other}, choose another translator, or python '
                            f'train_ct.py task=reacher_hard recipe={recipe}')
 
@@ -497,7 +497,7 @@ def test_a_translator_of_other_pictures_is_refused(cfg, tmp_path):
     for other, words in (({'quality': [2048, 28, 16]}, 'quality=.*2048.*train_ct.py'),
                          ({'videos': snapshots.versions() | {'mujoco': '3.0'}},
                           'mujoco=3.0.*train_ct.py')):
-        save_translator(cfg.snapshot, made_by=MADE_BY | other)
+        save_translator(cfg.translator, made_by=MADE_BY | other)
         refused(cfg, tmp_path, words)
 
 
@@ -549,14 +549,14 @@ def test_the_papers_recipe_takes_no_play(data_dir, cfg, tmp_path):
 
 @pytest.mark.parametrize('recipe', ['pose_code'])
 def test_a_code_that_was_not_fitted_to_the_end_is_refused(cfg):
-    save_translator(cfg.snapshot, scores={'trans': 0.1})
+    save_translator(cfg.translator, scores={'trans': 0.1})
     with pytest.raises(UserError, match='not fitted to the end: .*python train_ct.py'):
         load_translator(cfg)
 
 
 @pytest.mark.parametrize('path', sorted((CFGS.parent / 'ct').glob('*.pt')), ids=lambda p: p.stem)
 def test_a_shipped_translator_can_be_imitated_with(path):
-    cfg = OmegaConf.create({'task_name': path.stem, 'snapshot': str(path), 'recipe': 'pose_code',
+    cfg = OmegaConf.create({'task_name': path.stem, 'translator': str(path), 'recipe': 'pose_code',
                             'device': 'cpu', 'precision': 'bf16'})
     model, scores = load_translator(cfg)
     frames = torch.randint(256, (2, model.im_size, model.im_size, 3), dtype=torch.uint8)
@@ -585,7 +585,7 @@ def test_a_score_that_is_worse_is_warned_of_and_no_other(name):
 
 
 def test_scores_are_printed_with_the_translator(cfg, tmp_path, capsys):
-    save_translator(cfg.snapshot, scores=GOOD | {'rank': 0.05})
+    save_translator(cfg.translator, scores=GOOD | {'rank': 0.05})
     make(cfg, tmp_path / 'run')
     printed = capsys.readouterr().out
     assert printed == judge_translator(GOOD | {'rank': 0.05}) + '\n' and 'warning' in printed

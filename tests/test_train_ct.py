@@ -1,5 +1,4 @@
 import functools
-import itertools
 import shutil
 from types import SimpleNamespace
 
@@ -32,6 +31,15 @@ from train_ct import FeatureWindows, PairSampler, train
 from utils import UserError
 
 
+@pytest.fixture(scope='module', autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (('WINDOW', 5), ('NUM_WINDOWS', 8), ('LOG_EVERY', 2),
+                            ('NUM_EVAL_VIDEOS', 1)):
+            patch.setattr(train_ct, name, value)
+        yield
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     return film_all(tmp_path_factory.mktemp('videos'))
@@ -39,20 +47,18 @@ def data(tmp_path_factory):
 
 def config(data, *overrides, recipe='liu2017'):
     if recipe == 'pose_code':
-        overrides = ['code.num_steps=7', 'code.batch_size=8', 'code.window=5', 'model.code_dim=3',
-                     *overrides]
+        overrides = ['code.num_steps=7', 'model.code_dim=3', *overrides]
     return settings(
         'train_ct', f'recipe={recipe}', 'task_name=fake_walk', f'data_dir={data}', 'device=cpu',
         'use_tb=false', 'precision=fp32', 'batch_size=3', 'frames_per_clip=4',
-        'num_train_steps=12', 'log_every=2', 'eval_every=4', 'snapshot_every=3',
-        'num_eval_videos=1', 'lr=1e-3', 'model.channels=[4,6,8,10]', 'model.z_dim=5',
-        'model.hidden=12', *overrides)
+        'num_train_steps=12', 'eval_every=4', 'snapshot_every=3', 'lr=1e-3',
+        'model.channels=[4,6,8,10]', 'model.z_dim=5', 'model.hidden=12', *overrides)
 
 
-def sampler(data, pairs='same_episode', **changes):
+def sampler(data, **changes):
     options = dict(clips=video.Clips(data / 'train'), frames_per_clip=4, augment_mirror=False,
-                   augment_colours=False, seed=1)
-    return PairSampler(pairs=pairs, **{**options, **changes})
+                   seed=1)
+    return PairSampler(**{**options, **changes})
 
 
 def test_same_episode_pairs_show_one_episode_in_two_contexts(data):
@@ -75,39 +81,9 @@ def test_same_episode_pairs_show_one_episode_in_two_contexts(data):
     assert (first_frames == 0).all()
 
 
-def test_random_pairs_show_two_episodes(data):
-    source, target, first = sampler(data, 'random').sample(200)
-    episodes, contexts, frames = labels(source)
-    other_episodes, other_contexts, other_frames = labels(target)
-    assert (episodes != other_episodes).all()
-    assert torch.equal(frames, other_frames)
-    assert (contexts == other_contexts).any() and (contexts != other_contexts).any()
-    assert torch.equal(labels(first)[0], other_episodes[:, 0])
-
-
 def test_pairs_are_a_function_of_the_seed(data):
     one, same, other = (sampler(data, seed=seed).sample(20)[0] for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
-
-
-def test_colours_are_changed_alike_in_a_whole_clip(data):
-    """Source and target of a pair apart; the first frame along with the target."""
-    ways = [(list(order), torch.tensor(flips, dtype=torch.uint8) * 255)
-            for order in itertools.permutations(range(3))
-            for flips in itertools.product((0, 1), repeat=3)]
-    before, seen = sampler(data).sample(1), set()
-    draw = sampler(data).draw()
-    for seed in range(100):
-        recolouring = sampler(data, augment_colours=True, seed=seed)
-        recolouring.draw = lambda: draw
-        source, target, first = recolouring.sample(1)
-        of_source, of_target, of_first = (
-            {i for i, (order, flips) in enumerate(ways)
-             if torch.equal(after, plain[..., order] ^ flips)}
-            for after, plain in zip((source, target, first), before, strict=True))
-        assert of_source and of_target & of_first
-        seen.add((min(of_source), min(of_target)))
-    assert len(seen) > 80  # of 48 * 48, if both are drawn, and apart
 
 
 def test_mirrored_pairs_are_mirrored_whole_and_half_of_them(data):
@@ -184,8 +160,8 @@ def assert_ended_alike(one, other):
     ('pose_code', 13), ('pose_code', 15), ('pose_code', 16), ('pose_code', 19)])
 def test_a_killed_and_resumed_run_ends_as_one_that_ran_through(data, whole, tmp_path, monkeypatch,
                                                                unmeasured, recipe, die_at):
-    cfg = config(data, 'augment_colours=true', recipe=recipe)
-    expected = whole('augment_colours=true', recipe=recipe)
+    cfg = config(data, recipe=recipe)
+    expected = whole(recipe=recipe)
     num_steps = 12 if recipe == 'liu2017' else 19
     steps = watch(monkeypatch, train_ct, 'update', die_at, die)
     with pytest.raises(Killed):
@@ -343,7 +319,7 @@ def test_frames_that_change_are_drawn_more_often(data):
     still[:, 2:] = 9  # at frame 2 all changes, and nothing else ever
     clips.frames = lambda i: still
     pairs = sampler(data, clips=clips, frames_per_clip=1)
-    drawn = np.bincount([int(pairs.draw()[4][0]) for _ in range(600)], minlength=LENGTH + 1) / 600
+    drawn = np.bincount([int(pairs.draw()[3][0]) for _ in range(600)], minlength=LENGTH + 1) / 600
     assert abs(drawn[2] - (0.5 + 0.05)) < 0.08
     assert (drawn > 0.01).all()
 
@@ -364,7 +340,6 @@ def test_the_best_stays_the_best_over_a_resume(data, tmp_path, monkeypatch):
     (['num_train_steps=0'], 'num_train_steps=0'),
     (['frames_per_clip=11'], 'frames_per_clip=10'),
     (['precision=fp8'], 'precision=fp8'),
-    (['pairs=other'], 'pairs=other'),
     (['weights.foreground=2'], 'weights.foreground=2'),
     (['weights.trans=0', 'weights.rec=0', 'weights.align=0'], 'weights.trans=1'),
     (['model.channels=[4,8]'], 'channels'),
@@ -380,8 +355,7 @@ def test_bad_settings_are_refused_before_anything_is_written(data, tmp_path, ove
     (['num_train_steps=0'], 'num_train_steps=0'),
     (['play_share=1.5'], 'play_share=1.5 must be .* 0 to 1: set play_share=0.5'),
     (['play_share=-0.1'], 'play_share=-0.1 must be .* 0 to 1: set'),
-    (['code.num_steps=0'], 'num_steps=0'), (['code.batch_size=1'], 'batch_size=1'),
-    (['code.window=3'], 'window=3'), (['code.window=11'], 'fewer than code.window=11'),
+    (['code.num_steps=0'], 'num_steps=0'),
     (['code.weights.agree=-1'], 'code.weights'), (['code.weights.noise=-0.1'], 'code.weights')])
 def test_bad_settings_of_the_code_are_refused_before_anything_is_written(data, tmp_path, overrides,
                                                                          words):
@@ -429,22 +403,25 @@ def test_too_few_videos_of_ones_own_are_told(tmp_path):
     for split in ('train', 'valid'):
         film(tmp_path, split, num_episodes=1, num_contexts=1)
         edit(tmp_path / split / 'meta.json', mp4_sha256='0')
-    for pairs, words in (('same_episode', 'from_mp4=<folder of several contexts>'),
-                         ('random', 'from_mp4=<folder of more videos>')):
-        with pytest.raises(UserError, match=words):
-            train(config(tmp_path, f'pairs={pairs}'), tmp_path / 'run')
+    with pytest.raises(UserError, match='from_mp4=<folder of several contexts>'):
+        train(config(tmp_path), tmp_path / 'run')
     film(tmp_path, 'play')
     with pytest.raises(UserError, match='num_contexts=3, not 1.* the from_mp4 of its neighbour'):
         train(config(tmp_path, 'play_share=0.5'), tmp_path / 'run')
 
 
-def test_too_little_data_is_refused(tmp_path):
+def test_a_dataset_of_one_context_is_refused(tmp_path):
     film(tmp_path, num_episodes=1, num_contexts=1)
     film(tmp_path, 'valid', num_episodes=1, num_contexts=1)
     with pytest.raises(UserError, match='num_contexts=4'):
         train(config(tmp_path), tmp_path / 'run')
-    with pytest.raises(UserError, match='num_train=100'):
-        train(config(tmp_path, 'pairs=random'), tmp_path / 'run')
+
+
+def test_clips_shorter_than_a_window_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ct, 'WINDOW', LENGTH + 2)
+    with pytest.raises(UserError, match=f'{LENGTH + 1} frames, .*episode_len={LENGTH + 1}'):
+        train(config(data, recipe='pose_code'), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_another_model_is_refused_on_resume(data, tmp_path):
@@ -458,8 +435,8 @@ def test_another_model_is_refused_on_resume(data, tmp_path):
 def test_another_code_is_refused_on_resume(data, tmp_path, unmeasured):
     few = 'num_train_steps=1', 'code.num_steps=1'
     train(config(data, *few, recipe='pose_code'), tmp_path)
-    with pytest.raises(UserError, match='code.window=5, not 6'):
-        train(config(data, *few, 'code.window=6', recipe='pose_code'), tmp_path)
+    with pytest.raises(UserError, match='code.num_steps=1, not 2'):
+        train(config(data, few[0], 'code.num_steps=2', recipe='pose_code'), tmp_path)
     with pytest.raises(UserError, match='code_dim=.*, not None.*recipe=pose_code, not liu2017'):
         train(config(data, 'num_train_steps=1'), tmp_path)
 
@@ -480,10 +457,9 @@ class Tells(torch.nn.Module):
         return SimpleNamespace(z2=self.encode(first))
 
 
-def windows(data, window=5):
+def windows(data):
     splits = {name: video.Clips(data / name) for name in ('train', 'valid', 'play', 'play_valid')}
-    return FeatureWindows(Tells(), splits, window,
-                          torch.autocast('cpu', torch.bfloat16, enabled=False))
+    return FeatureWindows(Tells(), splits, torch.autocast('cpu', torch.bfloat16, enabled=False))
 
 
 def test_windows_are_of_successive_frames_in_two_contexts(data):
@@ -515,8 +491,9 @@ def test_windows_of_play_have_the_actions_between_their_frames(data):
     torch.testing.assert_close(actions * 10, source[30:, :-1][..., [0, 2]])
 
 
-def test_windows_can_be_as_long_as_a_clip(data):
-    source, _, _, actions = windows(data, LENGTH + 1).sample(2)
+def test_windows_can_be_as_long_as_a_clip(data, monkeypatch):
+    monkeypatch.setattr(train_ct, 'WINDOW', LENGTH + 1)
+    source, _, _, actions = windows(data).sample(2)
     assert source.shape == (2, LENGTH + 1, 3) and actions.shape == (1, LENGTH, 2)
 
 

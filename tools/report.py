@@ -28,7 +28,8 @@ import utils
 import video
 from logger import SUCCESS, episode_scores
 
-UNSAID = ('task', 'seed', 'use_tb', 'save_video', 'device')  # options that make no other row
+# Options that make no other row; a translator does, by its hash.
+UNSAID = ('task', 'seed', 'use_tb', 'save_video', 'device', 'translator')
 PAGE = """# Imitators
 
 Made by `python tools/report.py`. A score is (imitator - random) / (expert - random): 0 is a
@@ -270,7 +271,8 @@ def translators(tasks: list[Task]) -> str:
         users.setdefault(run.made_by['translator_sha256'], []).append(run)
     lines = []
     for sha256, runs in users.items():
-        path, task = runs[0].cfg.snapshot, runs[0].cfg.task_name
+        cfg = runs[0].cfg
+        path, task = cfg.get('translator') or cfg.snapshot, cfg.task_name  # of earlier runs
         there = snapshots.newest_snapshot(path) and snapshots.sha256(path) == sha256
         scores = (snapshots.load_snapshot(path, 'translator', task).get('scores', {})
                   if there else {})
