@@ -124,7 +124,8 @@ def one_sentence(script: str):
 class BeforeRuns(Callback):
     """Hydra's callback before it makes a folder: checks the settings of all runs, or prints help.
 
-    `main` sets its attributes; the callback is named in cfgs/.
+    `main` sets its attributes; the callback is named in cfgs/. Hydra swallows the exceptions of
+    callbacks but not `SystemExit`, so `one_sentence` ends the script here.
     """
 
     check: Callable

@@ -363,7 +363,7 @@ class Painter:
             group = self._stage.parts.get((geom.objtype, geom.objid))
             if group is not None:
                 geom.rgba[:3] = look.colours[group]  # alpha stays: tasks hide parts by it
-        eye = (cameras[0].pos + cameras[1].pos) / 2  # of the two, which are a stereo pair
+        eye = (cameras[0].pos + cameras[1].pos) / 2  # the two are a stereo pair
         forward, up = cameras[0].forward.copy(), cameras[0].up.copy()
         # If the camera travels sideways, distractors stand still, and come by again every period.
         # If it travels ahead, they travel with it and stay behind the body.

@@ -340,7 +340,7 @@ def make(task_name: str, obs: str = 'pixels', action_repeat: int = 2, frame_stac
       seed: of the stream of episodes; `reset()` without a seed takes the next.
       scenery: of the contexts in which it can be filmed.
     """
-    if obs not in ('pixels', 'states'):  # of a snapshot, which may hold anything
+    if obs not in ('pixels', 'states'):  # a snapshot may hold anything
         raise UserError(f'obs={obs} is neither pixels nor states: choose another snapshot.')
     env = ActionRepeat(load_suite(task_name, scenery, seed), action_repeat)
     return Pixels(env, im_size, frame_stack) if obs == 'pixels' else States(env)

@@ -294,7 +294,7 @@ def generate(cfg):
         for split, num in numbers.items():
             video.write_json(folder / split / 'meta.json', metas[split] | {
                 'num_episodes': max(num, len(there[split]))})
-            for leftover in (folder / split).glob('.tmp-*'):  # of a process that was killed
+            for leftover in (folder / split).glob('.tmp-*'):  # a killed process left it
                 leftover.unlink()
         jobs = [(split, i) for split, num in numbers.items() for i in range(num)
                 if i not in there[split]]
@@ -372,9 +372,13 @@ def share_out(cfg, jobs: list[tuple[str, int]], total: int):
 
 
 def next_command(cfg) -> str:
-    """Return the command that uses the dataset."""
+    """Return the command to run next."""
+    if cfg.from_mp4 and not cfg.num_play:
+        return 'the same command with num_play=1000: imitating your own videos takes play'
     options = f"task={cfg.task_name} {utils.typed_path('data_dir', cfg.out_dir)}"
-    if cfg.from_mp4:
+    # A code is judged by poses of demonstrations and held-out play. Without these, there is a
+    # translator already.
+    if cfg.from_mp4 or cfg.num_play and not cfg.num_play_valid:
         return f"python train_ac.py {options} {utils.typed_path('translator', cfg.translator)}"
     return f"python train_ct.py {options}{'' if cfg.num_play else ' recipe=liu2017'}"
 

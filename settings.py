@@ -104,8 +104,8 @@ Unit, Angle = span(0, 1), span(-180, 180)
 class Trainer(Settings):
     task_name: Name = about('follows from task=')
     seed: Seed = about('runs with the same seed and options are alike')
-    device: one_of('auto', 'cpu', 'cuda') = about('what computes the networks')
-    precision: one_of('fp32', 'bf16') = about('of matrix products')
+    device: one_of('auto', 'cpu', 'cuda') = about('device that computes the networks')
+    precision: one_of('fp32', 'bf16') = about('precision of matrix products')
     use_tb: YesNo = about('write curves and videos for TensorBoard')
     local_dir: Folder = about('folder of all runs')
 
@@ -118,8 +118,8 @@ class Loop(Trainer):
     eval_every_frames: whole(0) = about('0: evaluate at start and end only')
     num_eval_episodes: whole(1) = about('episodes in an evaluation')
     save_video: YesNo = about('film the first episode of each evaluation')
-    log_every_frames: whole(0) = about('least distance of two lines of the log')
-    snapshot_every_frames: whole(1) = about('distance of two snapshots to resume from')
+    log_every_frames: whole(0) = about('least frames from one line of the log to the next')
+    snapshot_every_frames: whole(1) = about('frames from one snapshot to the next')
 
 
 class Expert(Loop):
@@ -129,7 +129,7 @@ class Expert(Loop):
     frame_stack: whole(1) = about('frames in an observation of pixels')
     im_size: whole(16, 84) = about('pixels along an edge')
     nstep: whole(1) = about("steps of the critic's return")
-    discount: kind(float, 'a number', 0.99, ge=0, le=1) = about('of the return, for each step')
+    discount: kind(float, 'a number', 0.99, ge=0, le=1) = about('discount of a return for a step')
     replay_buffer_size: whole(2) = about('transitions to keep')
     feature_dim: or_null(whole(1)) = about('features between encoder and networks; null: all')
     stddev_schedule: Noise = about('exploration noise over agent steps')
@@ -138,7 +138,7 @@ class Expert(Loop):
 
 class Imitator(Loop):
     recipe: Recipe = about("this project's recipe or the paper's")
-    translator: File = about('its snapshot')
+    translator: File = about("a translator's snapshot")
     data_dir: Folder = about("generate_expert_video.py's out_dir")
     num_demos: whole(1) = about('demonstrated episodes to learn from, at most')
     num_eval_demos: whole(1) = about('held-out demonstrated episodes, at most')
@@ -189,7 +189,7 @@ class Translator(Trainer):
     num_train_steps: whole(1) = about('steps of the translator')
     lr: RateSchedule = about('learning rate of the translator')
     batch_size: whole(1) = about('pairs of clips')
-    frames_per_clip: whole(1) = about('drawn anew at each step, the same of source and target')
+    frames_per_clip: whole(1) = about('frames in a clip, drawn anew for each pair')
     play_share: Share = about('share of play in a batch')
     augment_mirror: YesNo = about('mirror half of the pairs')
     eval_every: whole(1) = about('steps of the translator from one evaluation to the next')
@@ -208,7 +208,6 @@ Scenery = section(
     light=Factor(brightness=span(0, 10), tint=Unit, tilt=Angle),
     camera=Factor(orbit=Angle, roll=Angle, zoom=span(0.1, 10)),
     distractors=Factor(count=span(0, 4), size=Unit, saturation=Unit, value=Unit))
-SceneryAlone = section(scenery=Scenery)
 
 
 class Filming(Settings):
@@ -227,15 +226,14 @@ class Filming(Settings):
     num_contexts: whole(1) = about('contexts in which each episode is filmed')
     episode_len: whole(2) = about('agent steps from the start of an episode')
     im_size: kind(int, 'a multiple of 16', 64, multiple_of=16, gt=0) = about('pixels along an edge')
-    seed: Seed = about('of the episodes and their contexts')
+    seed: Seed = about('seed of the episodes and their contexts')
     num_workers: or_null(whole(1)) = about('processes; null: one for each core, at most 8')
     scenery: Scenery
 
 
 def model_of(script: str, recipe: str | None) -> type[Settings]:
-    """Return the model of a script's settings; 'scenery' stands for that section alone."""
+    """Return the model of a script's settings."""
     return {'train': Expert, 'train_ct': Translator, 'generate_expert_video': Filming,
-            'scenery': SceneryAlone,
             'train_ac': PaperImitator if recipe == 'liu2017' else CodeImitator}[script]
 
 
@@ -243,9 +241,9 @@ def fields_of(model: type[Settings], prefix: str = '') -> dict[str, FieldInfo]:
     """Return all fields of a model, those of its sections as 'code.lr'."""
     fields = {}
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        is_section = isinstance(kind, type) and issubclass(kind, Settings)
-        fields |= (fields_of(kind, f'{prefix}{name}.') if is_section else {prefix + name: field})
+        part = field.annotation
+        is_section = isinstance(part, type) and issubclass(part, Settings)
+        fields |= fields_of(part, f'{prefix}{name}.') if is_section else {prefix + name: field}
     return fields
 
 

@@ -31,7 +31,7 @@ from utils import UserError
 from video import VideoRecorder
 
 TRAIN, EVAL = 0, 1  # streams of episode seeds
-# Of `DrQV2Agent`, as published: in every snapshot, but no settings.
+# Published arguments of `DrQV2Agent`: no settings, but every snapshot keeps them.
 FIXED = {'critic_target_tau': 0.01, 'stddev_clip': 0.3, 'update_every_steps': 2}
 LONGEST_EPISODE = dmc.MAX_EPISODE_STEPS + 1  # rows in the ring
 

@@ -29,7 +29,7 @@ from logger import SUCCESS, Progress, episode_scores
 from train import Loop, Workspace, agent_args, check_length
 from utils import UserError
 
-FIXED = {'discount': 0.98, 'stddev': 0.3}  # of `ACAgent`: in every snapshot, but no settings
+FIXED = {'discount': 0.98, 'stddev': 0.3}  # arguments of `ACAgent`: no settings
 # The worst scores, rounded, of the shipped translators with which imitators before the one recipe
 # (commit b30d46b) reached 0.8 on average; 1: more is better, -1: less.
 WORKED = {'agreement': (0.021, -1), 'agreement_play': (0.032, -1), 'rank': (0.47, 1),

@@ -85,7 +85,7 @@ def nearest_frames(path: str | Path, fps: float, num_frames: int) -> tuple[float
     """
     try:
         rate, (length, _) = iio.immeta(path)['fps'], imageio_ffmpeg.count_frames_and_secs(str(path))
-        # Of two frames that are equally near, take the earlier: the file may end with it.
+        # If two frames are equally near, take the earlier: the file may end with it.
         numbers = np.ceil(np.arange(num_frames) * rate / fps - 0.5 - 1e-9).astype(int)
     except Exception as error:  # whatever ffmpeg says of a file that it cannot read
         raise UserError(f'{path} is no video that ffmpeg can read: remove it, or convert it to '

@@ -390,6 +390,8 @@ def test_videos_that_do_not_do_are_named_before_any_work(mp4s, tmp_path, damage,
 
 @pytest.mark.parametrize('overrides, words', [
     ([], 'train_ct.py task=reacher_easy data_dir=here'), (['num_play=0'], 'recipe=liu2017'),
+    (['num_play_valid=0'], 'train_ac.py'),
+    (['from_mp4=x', 'num_play=0'], 'the same command with num_play=1000'),
     (['from_mp4=x', 'translator=y.pt'],
      'train_ac.py task=reacher_easy data_dir=here translator=y.pt')])
 def test_what_comes_next(overrides, words):
