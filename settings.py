@@ -129,7 +129,7 @@ class Expert(Loop):
     frame_stack: whole(1) = about('frames in an observation of pixels')
     im_size: whole(16, 84) = about('pixels along an edge')
     nstep: whole(1) = about("steps of the critic's return")
-    discount: kind(float, 'a number', 0.99, ge=0, le=1) = about('discount of a return for a step')
+    discount: kind(float, 'a number', 0.99, ge=0, le=1) = about('discount of the return per step')
     replay_buffer_size: whole(2) = about('transitions to keep')
     feature_dim: or_null(whole(1)) = about('features between encoder and networks; null: all')
     stddev_schedule: Noise = about('exploration noise over agent steps')
